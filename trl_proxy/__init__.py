@@ -1,0 +1,6 @@
+"""Proxy-RLHF on TRL: align a frozen language model with a small gate that accepts or rejects its tokens."""
+
+from .config import PPOConfig, ProxyConfig, ProxyPPOConfig
+from .modeling import ProxyModelForCausalLM
+
+__version__ = "0.1.0"

@@ -1,0 +1,103 @@
+"""Which tokens the frozen LM proposes at a position, and in which order.
+
+This is the first part of the stable knowledge-aware module (SKAM) of Proxy-RLHF (arXiv 2403.04283, section 3): the
+proposals are restricted to tokens that the LM itself finds plausible, and no token is offered twice at one position.
+Pure functions on logits; nothing here knows of a gate.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+NUM_SCALARS = 5  # see `candidate_scalars`
+
+
+class Candidates(NamedTuple):
+    """The proposals of a batch of positions, in the order in which they are offered.
+
+    Attributes:
+        token_ids: `(..., K)` int64. Entries where `mask` is False are arbitrary.
+        log_probs: `(..., K)` float32, log-probability under the LM's softmax at the proposal temperature (before the
+            truncation, so they sum to at most one).
+        mask: `(..., K)` bool, True for a real candidate; True entries come first and there is at least one.
+    """
+
+    token_ids: torch.Tensor
+    log_probs: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """`(...)` int64, number of candidates of each position."""
+        return self.mask.sum(-1)
+
+
+def propose(
+    logits: torch.Tensor,
+    p_t: float,
+    p_t_mode: str = "relative",
+    max_candidates: int = 16,
+    temperature: float = 1.0,
+    proposal: str = "ranked",
+) -> Candidates:
+    """Candidates of every position (arXiv 2403.04283, section 3: the token threshold `p_t`).
+
+    Args:
+        logits: `(..., vocab)` next-token logits of the LM after the caller's logits processors. A banned token is -inf
+            and is never a candidate.
+        p_t: smallest probability a candidate may have, in (0, 1].
+        p_t_mode: `"relative"` to the most probable token (as in min-p sampling) or `"absolute"`.
+        max_candidates: upper bound K on the candidates of one position.
+        temperature: the logits are divided by it.
+        proposal: `"ranked"` offers in descending probability, ties by the lower token id, so that the first candidate
+            is the one that `argmax` picks; `"sampled"` draws without replacement in proportion to probability
+            (Gumbel top-k, arXiv 1903.06059) with torch's global generator.
+
+    Returns:
+        [`Candidates`] with K = min(max_candidates, vocab).
+    """
+    logits = logits.float()
+    k = min(max_candidates, logits.shape[-1])
+    top, token_ids = logits.topk(k, dim=-1)
+    # `topk` leaves the order of ties open, and bfloat16 logits tie often: order by id first, then stably by logit.
+    token_ids, by_id = token_ids.sort(dim=-1)
+    top, by_logit = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    token_ids = token_ids.gather(-1, by_logit)
+    # More ties at the top than K: `topk` may have left out the one that `argmax` takes.
+    token_ids[..., 0] = logits.argmax(dim=-1)
+
+    if temperature != 1.0:
+        logits, top = logits / temperature, top / temperature
+    # nan only where every token of a position is banned: it still has to go on, with its first candidate.
+    log_probs = (top - logits.logsumexp(-1, keepdim=True)).nan_to_num(nan=0.0, neginf=-torch.inf)
+    floor = math.log(p_t) + (log_probs[..., :1] if p_t_mode == "relative" else 0.0)
+    mask = (log_probs >= floor) & (top > -torch.inf)
+    mask[..., 0] = True
+    if proposal == "sampled":
+        keys = log_probs - torch.empty_like(log_probs).exponential_().log()  # log p + Gumbel noise
+        order = keys.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True)
+        token_ids, log_probs, mask = (x.gather(-1, order) for x in (token_ids, log_probs, mask))
+    return Candidates(token_ids, log_probs, mask)
+
+
+def candidate_scalars(candidates: Candidates, positions: torch.Tensor) -> torch.Tensor:
+    """What the gate is told about a candidate beside hidden states.
+
+    Args:
+        candidates: of shape `(..., K)`.
+        positions: `(...)` int64, index in the sequence (padding not counted) at which the candidates would stand.
+
+    Returns:
+        `(..., K, NUM_SCALARS)` float32: log-prob, its gap to the most probable candidate, rank, number of candidates, position;
+        each scaled to about one.
+    """
+    k = candidates.token_ids.shape[-1]
+    log_probs = candidates.log_probs.clamp(min=-20.0)
+    best = log_probs.masked_fill(~candidates.mask, -torch.inf).amax(-1, keepdim=True)
+    rank = torch.arange(k, device=log_probs.device, dtype=torch.float32).expand_as(log_probs)
+    count = candidates.counts.unsqueeze(-1).float().expand_as(log_probs)
+    # 128 tokens to the unit, and no further than 1,024: beyond, the position says nothing that training has seen.
+    position = positions.unsqueeze(-1).clamp(max=1024).float().expand_as(log_probs)
+    return torch.stack([log_probs / 4, (best - log_probs) / 4, rank / 16, count / 16, position / 128], dim=-1)
+

@@ -1,0 +1,167 @@
+"""Configurations: what a proxy is ([`ProxyConfig`]) and how it, or the LM itself, is trained by PPO."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from trl import RLOOConfig
+
+CONFIG_NAME = "proxy_config.json"
+WEIGHTS_NAME = "proxy_model.safetensors"
+
+
+@dataclass
+class ProxyConfig:
+    """What the LM proposes, what the gate reads and how large the gate is.
+
+    The defaults are ours where the paper gives no value: they are the ones that measured best, see docs/method.md.
+    """
+
+    p_t: float = field(
+        default=0.05,
+        metadata={"help": "Smallest probability a candidate may have (the paper sweeps 0.1, 0.01, 0.001, 0.0001)."},
+    )
+    p_t_mode: Literal["relative", "absolute"] = field(
+        default="relative",
+        metadata={"help": "`relative`: p_t counts from the most probable token, as min-p does. `absolute`: as it is."},
+    )
+    max_candidates: int = field(default=16, metadata={"help": "Most candidates offered at one position."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the LM's proposals."})
+    proposal: Literal["ranked", "sampled"] = field(
+        default="ranked",
+        metadata={"help": "`ranked`: in descending probability. `sampled`: drawn without replacement."},
+    )
+    features: Literal["prefix", "candidate"] = field(
+        default="prefix",
+        metadata={
+            "help": "`prefix`: hidden state before the candidate and the candidate's embedding, one LM forward per "
+            "token. `candidate`: hidden state at the candidate (the paper's), one LM forward per proposal."
+        },
+    )
+    gate_hidden_sizes: list[int] = field(
+        default_factory=lambda: [256], metadata={"help": "Widths of the gate's hidden layers; the critic's too."}
+    )
+    initial_accept_bias: float = field(
+        default=1.0, metadata={"help": "Accept logit of a new gate, at least 0: it accepts everything when greedy."}
+    )
+    threshold: float = field(
+        default=0.0, metadata={"help": "A greedy decision accepts a logit from here on; larger aligns harder."}
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "Hidden size of the LM; filled in by the model."})
+    embedding_size: int | None = field(default=None, metadata={"help": "Embedding size; filled in by the model."})
+    base_model_name_or_path: str | None = field(default=None, metadata={"help": "The LM; filled in by the model."})
+
+    def __post_init__(self):
+        """Raises `ValueError` naming the field, its value and what is allowed."""
+        if not 0.0 < self.p_t <= 1.0:
+            raise ValueError(f"`p_t` must be in (0, 1], got {self.p_t}.")
+        if not self.temperature > 0.0:
+            raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
+        if self.max_candidates < 1:
+            raise ValueError(f"`max_candidates` must be at least 1, got {self.max_candidates}.")
+        if self.initial_accept_bias < 0.0:
+            raise ValueError(f"`initial_accept_bias` must be at least 0, got {self.initial_accept_bias}.")
+        if not self.gate_hidden_sizes or min(self.gate_hidden_sizes) < 1:
+            raise ValueError(f"`gate_hidden_sizes` must be positive integers, got {self.gate_hidden_sizes}.")
+        for name, allowed in (
+            ("p_t_mode", ("relative", "absolute")),
+            ("proposal", ("ranked", "sampled")),
+            ("features", ("prefix", "candidate")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `proxy_config.json`."""
+        os.makedirs(save_directory, exist_ok=True)
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self), file, indent=2)
+            file.write("\n")
+        os.replace(path + ".tmp", path)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | os.PathLike, **hub_kwargs) -> "ProxyConfig":
+        """Reads `proxy_config.json` from a folder or a hub repository; raises `ValueError` where there is none."""
+        with open(proxy_file(folder_or_id, CONFIG_NAME, **hub_kwargs), encoding="utf-8") as file:
+            values = json.load(file)
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"{CONFIG_NAME} of {folder_or_id} has unknown keys: {', '.join(sorted(unknown))}.")
+        return cls(**values)
+
+
+def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
+    """Path of a proxy's file in a local folder, or downloaded from the hub; `ValueError` where there is no proxy."""
+    folder_or_id = os.fspath(folder_or_id)
+    if os.path.isdir(folder_or_id):
+        path = os.path.join(folder_or_id, name)
+        if not os.path.isfile(path):
+            raise ValueError(f"{folder_or_id} holds no proxy: {name} is missing.")
+        return path
+    try:
+        return hf_hub_download(folder_or_id, name, **hub_kwargs)
+    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{folder_or_id} is neither a folder nor a hub repository that holds a proxy ({name})."
+        ) from error
+
+
+@dataclass
+class PPOConfig(RLOOConfig):
+    """PPO with a critic on top of TRL's [`~trl.RLOOConfig`]: `num_iterations` are PPO's epochs over a rollout,
+    `steps_per_generation` its minibatches, `epsilon` its clip range."""
+
+    num_generations: int | None = field(
+        default=1, metadata={"help": "Completions per prompt; 1 is allowed, since the critic is the baseline."}
+    )
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+
+    def __post_init__(self):
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # RLOO needs two generations for its leave-one-out baseline, and that check is the parent's last statement.
+            if not (self.num_generations == 1 and "at least 2 generations" in str(error)):
+                raise
+        for name in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if self.use_vllm:
+            raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
+        if self.use_transformers_continuous_batching:
+            raise ValueError(
+                "`use_transformers_continuous_batching=True` is not supported: rollouts need the record of decisions "
+                "that `generate` keeps; set it to False."
+            )
+        if (self.generation_kwargs or {}).get("num_beams", 1) > 1:
+            raise ValueError("`num_beams` above 1 is not supported: a rollout samples; remove it.")
+
+
+@dataclass
+class ProxyPPOConfig(PPOConfig):
+    """PPO on the gate alone. The defaults are those of the recipe that learnt best on one CPU."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW on the gate."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Must stay False: the update runs the gate alone."}
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL penalty to the frozen LM, per decision; needs no second LM."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gradient_checkpointing:
+            raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
+        if self.sync_ref_model:
+            raise ValueError("`sync_ref_model=True` is not supported: the frozen LM is the reference; set it False.")

@@ -1,0 +1,483 @@
+"""[`ProxyModelForCausalLM`]: a frozen language model with a gate on it.
+
+With prefix features the gated LM is an ordinary LM: `forward` returns the logits of the closed form, and transformers'
+`generate`, pipelines and scoring tools work on it. With candidate features only `generate` is defined.
+"""
+
+import functools
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.utils import logging
+
+from .candidates import NUM_SCALARS, Candidates, candidate_scalars
+from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
+from .decoding import HiddenTap, PrefixGate, ProxyGenerateOutput, Rollout, candidate_decode, propose_for
+from .gate import ProxyMLP, gated_log_probs
+
+logger = logging.get_logger(__name__)
+
+# `generate` options of the LM's own sampling. The gate's candidates take their place.
+_SAMPLING_OPTIONS = ("do_sample", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+
+
+@dataclass
+class ProxyOutput(ModelOutput):
+    """What the gate says of decisions: `(N,)` float32 each. (Not `values`: DDP calls that name as a method.)"""
+
+    accept_logits: torch.Tensor | None = None
+    state_values: torch.Tensor | None = None
+
+
+class Proxy(nn.Module):
+    """One proxy: its configuration, its gate (the policy) and its critic."""
+
+    def __init__(self, config: ProxyConfig):
+        super().__init__()
+        self.config = config
+        prefix = config.features == "prefix"
+        sizes = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
+        scalars = NUM_SCALARS if prefix else 0
+        self.gate = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, config.initial_accept_bias)
+        self.critic = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, 0.0)
+
+    def load_weights(self, path: str) -> None:
+        """Loads `proxy_model.safetensors`; `ValueError` where the file is damaged or of another shape."""
+        try:
+            self.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} does not fit its {type(self.config).__name__} (damaged, or made with other sizes): {error}"
+            ) from error
+
+
+class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
+    """A frozen causal LM and a trainable proxy that accepts or rejects the tokens it proposes (arXiv 2403.04283).
+
+    Args:
+        lm ([`~transformers.PreTrainedModel`]): the language model, in any dtype or 4 bit. It is frozen and put in
+            evaluation mode.
+        proxy_config ([`ProxyConfig`], *optional*): the new proxy. Sizes that it leaves open are taken from `lm`.
+
+    Example:
+
+    ```python
+    >>> model = ProxyModelForCausalLM(lm, ProxyConfig(p_t=0.05))
+    >>> model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+    ```
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = False
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, lm: PreTrainedModel, proxy_config: ProxyConfig | None = None):
+        if lm.get_output_embeddings() is None:
+            raise ValueError(f"{type(lm).__name__} has no language modelling head: a causal LM is needed.")
+        super().__init__(lm.config)
+        self.lm = lm.requires_grad_(False).eval()
+        self.generation_config = lm.generation_config
+        self.proxies = nn.ModuleDict()
+        self.active_proxy = "default"
+        self._proxy_disabled = False
+        self._add_proxy("default", proxy_config or ProxyConfig())
+        # Neither broadcast nor reduced by DDP: every process loads the same frozen LM.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"lm.{name}" for name, _ in [*lm.named_parameters(), *lm.named_buffers()]
+        ]
+
+    # Proxies
+
+    def _add_proxy(self, name: str, config: ProxyConfig) -> Proxy:
+        hidden_size = self.lm.config.get_text_config().hidden_size
+        embedding_size = self.lm.get_input_embeddings().embedding_dim
+        for key, size in (("hidden_size", hidden_size), ("embedding_size", embedding_size)):
+            if getattr(config, key) is None:
+                setattr(config, key, size)
+            elif getattr(config, key) != size:
+                raise ValueError(
+                    f"The proxy was made for an LM with {key}={getattr(config, key)}, this one has {size}: "
+                    "load it with the LM that it was trained on."
+                )
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = self.lm.config._name_or_path or None
+        self.proxies[name] = Proxy(config).to(self.lm.get_output_embeddings().weight.device)
+        return self.proxies[name]
+
+    @property
+    def proxy(self) -> Proxy:
+        """The active proxy."""
+        return self.proxies[self.active_proxy]
+
+    @property
+    def proxy_config(self) -> ProxyConfig:
+        """Configuration of the active proxy."""
+        return self.proxy.config
+
+    @property
+    def gate(self) -> ProxyMLP:
+        """The active gate: features `(..., feature_size)` -> accept logits `(...)`."""
+        return self.proxy.gate
+
+    @property
+    def critic(self) -> ProxyMLP:
+        """The active critic: features `(..., feature_size)` -> state values `(...)`."""
+        return self.proxy.critic
+
+    def load_proxy(self, folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> None:
+        """Loads another trained proxy over the same LM under `name`; [`set_proxy`] makes it the active one."""
+        config = ProxyConfig.from_pretrained(folder_or_id, **hub_kwargs)
+        self._add_proxy(name, config).load_weights(proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs))
+
+    def set_proxy(self, name: str) -> None:
+        """Makes the proxy `name` the active one; `ValueError` where it was not loaded."""
+        if name not in self.proxies:
+            raise ValueError(f"There is no proxy {name!r}; loaded: {', '.join(self.proxies)}.")
+        self.active_proxy = name
+
+    @contextmanager
+    def disable_proxy(self):
+        """Inside, `forward` and `generate` are the plain LM's."""
+        self._proxy_disabled, before = True, self._proxy_disabled
+        try:
+            yield
+        finally:
+            self._proxy_disabled = before
+
+    # What tools expect of a model
+
+    def train(self, mode: bool = True) -> "ProxyModelForCausalLM":
+        """As usual, but the frozen LM stays in evaluation mode."""
+        super().train(mode)
+        self.lm.eval()
+        return self
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The frozen LM."""
+        return self.lm
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LM's."""
+        return self.lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM's."""
+        return self.lm.get_output_embeddings()
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """The LM's."""
+        return self.lm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters, 4-bit weights counted as what they stand for."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        everything = 0
+        for parameter in self.parameters():
+            numel = parameter.numel()
+            # bitsandbytes packs two 4-bit weights into each byte of its storage.
+            if type(parameter).__name__ == "Params4bit":
+                numel *= 2 * parameter.element_size()
+            everything += numel
+        return trainable, everything
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the share of trainable parameters, as PEFT does."""
+        trainable, everything = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {everything:,d} || "
+            f"trainable%: {100 * trainable / everything:.4f}"
+        )
+
+    # The gate's input
+
+    def gate_features(
+        self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None, scalars: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What [`gate`] and [`critic`] read.
+
+        Args:
+            hidden: `(N, hidden_size)`: before the candidate (prefix features) or at it (candidate features).
+            token_ids: `(N,)` int64, the candidates; prefix features only.
+            scalars: `(N, NUM_SCALARS)`, see `candidates.candidate_scalars`; prefix features only.
+
+        Returns:
+            `(N, feature_size)` in the dtype of `hidden` for candidate features, else float32.
+        """
+        if self.proxy_config.features == "candidate":
+            return hidden
+        embeddings = self.get_input_embeddings()(token_ids)
+        return torch.cat([hidden.float(), embeddings.to(hidden.device).float(), scalars.float()], dim=-1)
+
+    def rollout_features(self, rollout: Rollout) -> torch.Tensor:
+        """Features `(N, feature_size)` of a rollout's N decisions (where its mask is True, row by row)."""
+        rows, _ = rollout.mask.nonzero(as_tuple=True)
+        hidden = rollout.hidden[rows, rollout.hidden_index[rollout.mask]]
+        return self.gate_features(hidden, rollout.token_ids[rollout.mask], rollout.scalars[rollout.mask])
+
+    def _judge_prefix(self, hidden: torch.Tensor, candidates: Candidates, positions: torch.Tensor) -> torch.Tensor:
+        """Accept logits `(B, K)` of candidates at positions with the hidden states `(B, d)`; 0 where masked."""
+        logits = hidden.new_zeros(candidates.mask.shape, dtype=torch.float32)
+        # A position with one candidate asks nothing, and most positions of a good LM have one.
+        asked = candidates.mask & (candidates.counts > 1)[:, None]
+        rows, _ = asked.nonzero(as_tuple=True)
+        scalars = candidate_scalars(candidates, positions)[asked]
+        logits[asked] = self.gate(self.gate_features(hidden[rows], candidates.token_ids[asked], scalars))
+        return logits
+
+    def _judge_candidate(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.gate(self.gate_features(hidden))
+
+    # Forward and generate
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        labels: torch.Tensor | None = None,
+        gate_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | ProxyOutput:
+        """Gated next-token logits, or the gate's opinion of cached features.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, labels, kwargs: as for the LM.
+            gate_features: `(N, feature_size)`; if given, the LM does not run and a [`ProxyOutput`] is returned. This
+                is the only path that carries gradients.
+
+        Returns:
+            The LM's output with `logits` `(batch, positions, vocab)` replaced by the log-probabilities of the closed
+            form (`gate.gated_log_probs`): -inf for every token that is no candidate.
+        """
+        if gate_features is not None:
+            return ProxyOutput(accept_logits=self.gate(gate_features), state_values=self.critic(gate_features))
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        if self._proxy_disabled:
+            return self.lm(**inputs, labels=labels)
+        if self.proxy_config.features == "candidate":
+            raise ValueError(
+                "A proxy with features='candidate' has no next-token distribution in closed form: use `generate`, or "
+                "train one with features='prefix'."
+            )
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        with HiddenTap(self.lm) as tap:
+            output = self.lm(**inputs)
+        length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.cumsum(-1) - 1)[:, -length:]
+            else:
+                position_ids = torch.arange(past, past + length, device=output.logits.device)[None]
+        kept = output.logits.shape[1]
+        positions = (position_ids[:, -kept:] + 1).expand(output.logits.shape[:2]).flatten()
+        candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
+        accept_logits = self._judge_prefix(tap.hidden.flatten(0, 1), candidates, positions)
+        log_probs = gated_log_probs(accept_logits, candidates.mask)
+        logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
+        logits.scatter_(-1, candidates.token_ids, log_probs)
+        output.logits = logits.view(output.logits.shape)
+        if labels is not None:
+            output.loss = self.lm.loss_function(
+                logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size
+            )
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        *,
+        gate_sample: bool = False,
+        threshold: float | None = None,
+        output_rollout: bool = False,
+        logits_processor: list | None = None,
+        streamer=None,
+        **kwargs,
+    ):
+        """Gated decoding with the options of the LM's own `generate`.
+
+        Args:
+            inputs: `(batch, prompt length)` int64, left-padded prompts; `input_ids` is the same.
+            gate_sample: draw the gate's decisions (training) instead of taking the more probable one.
+            threshold: in place of the configuration's; see `gate.decide`.
+            output_rollout: also return what training needs, [`Rollout`] (implies `return_dict_in_generate`).
+            generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is
+                that of the proposals. `do_sample` and the truncations (`top_k`, ...) do not apply: `p_t` and
+                `max_candidates` of the configuration decide what is proposed.
+
+        Returns:
+            `(batch, length)` int64, or with `return_dict_in_generate` a [`ProxyGenerateOutput`] with the record of
+            decisions.
+
+        Raises:
+            `ValueError`: beams, assisted generation, right-padded prompts, or more tokens than the LM has positions.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if self._proxy_disabled:
+            return self.lm.generate(
+                input_ids, generation_config, logits_processor=logits_processor, streamer=streamer, **kwargs
+            )
+        settings = {"num_beams": 1, "prompt_lookup_num_tokens": None, "max_new_tokens": None, "max_length": None}
+        for name in settings:
+            for source in (kwargs.get(name), getattr(generation_config or self.generation_config, name, None)):
+                if settings[name] in (None, 1) and source is not None:
+                    settings[name] = source
+        if settings["num_beams"] > 1:
+            raise ValueError(
+                f"`num_beams={settings['num_beams']}` is not supported: the gate decides token by token; use 1."
+            )
+        if kwargs.get("assistant_model") is not None or settings["prompt_lookup_num_tokens"]:
+            raise ValueError("Assisted generation is not supported: the gate judges the proposals of its own LM.")
+        if input_ids is None:
+            raise ValueError("`generate` needs `input_ids`: a gated LM goes on from tokens, not from embeddings.")
+        attention_mask = kwargs.pop("attention_mask", None)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if (attention_mask[:, -1] == 0).any():
+            raise ValueError("The prompts are padded on the right: set `tokenizer.padding_side = 'left'`.")
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        length = input_ids.shape[1] + (settings["max_new_tokens"] or 0)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"Prompt and response need {length} positions ({input_ids.shape[1]} + "
+                f"{settings['max_new_tokens'] or 0}), the LM has {limit}: shorten the prompts or `max_new_tokens`."
+            )
+        ignored = [name for name in _SAMPLING_OPTIONS if name != "do_sample" and kwargs.pop(name, None) is not None]
+        if ignored:
+            logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
+        kwargs.pop("do_sample", None)
+        temperature = kwargs.pop("temperature", None)
+        config = self.proxy_config if temperature is None else _with_temperature(self.proxy_config, temperature)
+        threshold = config.threshold if threshold is None else threshold
+        return_dict = kwargs.pop("return_dict_in_generate", False) or output_rollout
+        options = {
+            # The one token per row that the gate leaves is taken by `argmax`.
+            "do_sample": False,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+            "attention_mask": attention_mask,
+            "streamer": streamer,
+            "return_dict_in_generate": True,
+            **kwargs,
+        }
+        processors = LogitsProcessorList(logits_processor or [])
+        if config.features == "prefix":
+            with HiddenTap(self.lm) as tap:
+                gate = PrefixGate(
+                    self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout
+                )
+                output = self.lm.generate(
+                    input_ids, generation_config, logits_processor=LogitsProcessorList([*processors, gate]), **options
+                )
+            eos = _token_ids(kwargs, generation_config, self.generation_config)
+            decisions, rollout = gate.record(
+                output.sequences[:, input_ids.shape[1] :], torch.tensor(eos, device=output.sequences.device)
+            )
+            output = ProxyGenerateOutput(**output, decisions=decisions, rollout=rollout)
+        else:
+            loop = functools.partial(
+                candidate_decode,
+                judge=self._judge_candidate,
+                config=config,
+                threshold=threshold,
+                sample=gate_sample,
+                output_rollout=output_rollout,
+                # `generate` hands no streamer to a function.
+                streamer=streamer,
+            )
+            del options["streamer"]
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
+            output = self.lm.generate(
+                input_ids, generation_config, logits_processor=processors, custom_generate=loop, **options
+            )
+        return output if return_dict else output.sequences
+
+    # Saving and loading
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """Writes the active proxy, `proxy_config.json` and `proxy_model.safetensors`; never the LM."""
+        if not is_main_process:
+            return
+        self.proxy_config.save_pretrained(save_directory)
+        path = os.path.join(save_directory, WEIGHTS_NAME)
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.proxy.state_dict().items()}
+        save_file(weights, path + ".tmp", metadata={"format": "pt"})
+        os.replace(path + ".tmp", path)
+        if kwargs.get("push_to_hub"):
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)))
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs) -> str:
+        """Uploads the active proxy; returns the URL of the commit."""
+        import tempfile
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=kwargs.get("commit_message", "Upload proxy"),
+                    revision=kwargs.get("revision"),
+                )
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, lm: PreTrainedModel | str, folder_or_id: str | os.PathLike, *, hub_kwargs: dict | None = None, **kwargs
+    ) -> "ProxyModelForCausalLM":
+        """A trained proxy over its LM.
+
+        Args:
+            lm: the language model, or the name to load it by.
+            folder_or_id: local folder or hub repository of the proxy.
+            hub_kwargs: `revision`, `token`, ... for the proxy's own repository.
+            kwargs: passed to `AutoModelForCausalLM.from_pretrained` where `lm` is a name (`quantization_config`, ...).
+
+        Raises:
+            `ValueError`: no proxy there, a damaged file, or an LM of other sizes.
+        """
+        config = ProxyConfig.from_pretrained(folder_or_id, **(hub_kwargs or {}))
+        weights = proxy_file(folder_or_id, WEIGHTS_NAME, **(hub_kwargs or {}))
+        if isinstance(lm, (str, os.PathLike)):
+            lm = AutoModelForCausalLM.from_pretrained(lm, **kwargs)
+        model = cls(lm, config)
+        model.proxy.load_weights(weights)
+        return model.eval()
+
+
+def _with_temperature(config: ProxyConfig, temperature: float) -> ProxyConfig:
+    """A copy of `config` at another temperature; raises as [`ProxyConfig`] does."""
+    import dataclasses
+
+    return dataclasses.replace(config, temperature=temperature)
+
+
+def _token_ids(kwargs: dict, *configs) -> list[int]:
+    """The end-of-sequence ids that are in force: the call's, else the first configuration's that names any."""
+    eos = kwargs.get("eos_token_id")
+    for config in configs:
+        if eos is None and config is not None:
+            eos = config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
