@@ -2,5 +2,8 @@
 
 from .config import PPOConfig, ProxyConfig, ProxyPPOConfig
 from .modeling import ProxyModelForCausalLM
+from .proxy_ppo import ProxyPPOTrainer
+
+__all__ = ["PPOConfig", "ProxyConfig", "ProxyModelForCausalLM", "ProxyPPOConfig", "ProxyPPOTrainer"]
 
 __version__ = "0.1.0"

@@ -100,4 +100,3 @@ def candidate_scalars(candidates: Candidates, positions: torch.Tensor) -> torch.
     # 128 tokens to the unit, and no further than 1,024: beyond, the position says nothing that training has seen.
     position = positions.unsqueeze(-1).clamp(max=1024).float().expand_as(log_probs)
     return torch.stack([log_probs / 4, (best - log_probs) / 4, rank / 16, count / 16, position / 128], dim=-1)
-

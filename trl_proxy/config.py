@@ -158,6 +158,9 @@ class ProxyPPOConfig(PPOConfig):
     beta: float = field(
         default=0.0, metadata={"help": "Weight of the KL penalty to the frozen LM, per decision; needs no second LM."}
     )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Responses decoded at once on each device; all of a rollout's if not set."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -178,9 +178,7 @@ class PrefixGate(LogitsProcessor):
 
 def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
     """[`candidates.propose`] with a proxy's settings."""
-    return propose(
-        scores, config.p_t, config.p_t_mode, config.max_candidates, config.temperature, config.proposal
-    )
+    return propose(scores, config.p_t, config.p_t_mode, config.max_candidates, config.temperature, config.proposal)
 
 
 class _RowLayer(CacheLayerMixin):
@@ -297,6 +295,7 @@ def candidate_decode(
     sample: bool,
     streamer=None,
     output_rollout: bool = False,
+    repeats: int = 1,
     **model_kwargs,
 ) -> ProxyGenerateOutput:
     """Decoding with candidate features: feed a candidate, ask the gate, keep it or overwrite it.
@@ -311,6 +310,7 @@ def candidate_decode(
         config, threshold, sample: see `propose_for` and `gate.decide`.
         streamer: gets a token when it is accepted.
         output_rollout: also return the [`Rollout`].
+        repeats: every so many consecutive rows share a prompt, which is read once.
 
     Returns:
         [`ProxyGenerateOutput`]; `sequences` is `(batch, prompt length + longest response)`, padded on the right.
@@ -368,21 +368,22 @@ def candidate_decode(
     # Prefill
     cache = RowCache(lm.config.get_text_config().num_hidden_layers, prompt_width, generation_config.max_length)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    forward = {k: v for k, v in model_kwargs.items() if k in ("token_type_ids",)}
-    prefill_kwargs = {"logits_to_keep": 1} if "logits_to_keep" in model_kwargs else {}
     with HiddenTap(lm) as tap:
         output = lm(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
+            input_ids=input_ids[::repeats],
+            attention_mask=attention_mask[::repeats],
+            position_ids=positions[::repeats],
             past_key_values=cache,
             use_cache=True,
-            **prefill_kwargs,
-            **forward,
+            **({"logits_to_keep": 1} if "logits_to_keep" in model_kwargs else {}),
         )
+    logits = output.logits[:, -1]
+    if repeats > 1:
+        cache.select_rows(rows // repeats)
+        logits = logits.repeat_interleave(repeats, dim=0)
     hidden_size, hidden_dtype = tap.hidden.shape[-1], tap.hidden.dtype
     counts[3] += 1
-    candidates = candidates_of(rows, output.logits[:, -1])
+    candidates = candidates_of(rows, logits)
     rank = torch.zeros_like(rows)
 
     while True:
@@ -445,13 +446,9 @@ def candidate_decode(
         if output_rollout:
             # A position's last decision accepts, or rejects all but the last candidate, which then is forced.
             to_last = ~accept & (rank + 1 == last)
-            ending_log_prob = torch.where(
-                to_last, candidates.log_probs.gather(-1, last[:, None])[:, 0], log_prob
-            )
+            ending_log_prob = torch.where(to_last, candidates.log_probs.gather(-1, last[:, None])[:, 0], log_prob)
             ends = (accept | to_last)[asked]
-            events.add(
-                rows[asked], state["hidden"][asked], token[asked], accept[asked], ends, ending_log_prob[asked]
-            )
+            events.add(rows[asked], state["hidden"][asked], token[asked], accept[asked], ends, ending_log_prob[asked])
 
         accepted = accept.nonzero()[:, 0]
         rank = torch.where(accept, 0, rank + 1)

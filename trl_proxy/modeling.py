@@ -4,8 +4,10 @@ With prefix features the gated LM is an ordinary LM: `forward` returns the logit
 `generate`, pipelines and scoring tools work on it. With candidate features only `generate` is defined.
 """
 
+import dataclasses
 import functools
 import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import logging
 
@@ -364,6 +366,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         if ignored:
             logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
         kwargs.pop("do_sample", None)
+        repeats = kwargs.pop("num_return_sequences", None) or 1
         temperature = kwargs.pop("temperature", None)
         config = self.proxy_config if temperature is None else _with_temperature(self.proxy_config, temperature)
         threshold = config.threshold if threshold is None else threshold
@@ -374,13 +377,17 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
             "temperature": 1.0,
             "top_k": 50,
             "top_p": 1.0,
-            "attention_mask": attention_mask,
             "streamer": streamer,
             "return_dict_in_generate": True,
             **kwargs,
         }
+        prompts = (input_ids, attention_mask)
+        input_ids, attention_mask = (x.repeat_interleave(repeats, dim=0) for x in prompts)
+        options["attention_mask"] = attention_mask
         processors = LogitsProcessorList(logits_processor or [])
         if config.features == "prefix":
+            if repeats > 1 and "past_key_values" not in options:
+                options["past_key_values"] = self._prefill_once(*prompts, repeats)
             with HiddenTap(self.lm) as tap:
                 gate = PrefixGate(
                     self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout
@@ -401,6 +408,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                 threshold=threshold,
                 sample=gate_sample,
                 output_rollout=output_rollout,
+                repeats=repeats,
                 # `generate` hands no streamer to a function.
                 streamer=streamer,
             )
@@ -408,9 +416,31 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             output = self.lm.generate(
-                input_ids, generation_config, logits_processor=processors, custom_generate=loop, **options
+                input_ids,
+                generation_config,
+                logits_processor=processors,
+                custom_generate=loop,
+                **options,
             )
         return output if return_dict else output.sequences
+
+    def _prefill_once(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, repeats: int
+    ) -> DynamicCache | None:
+        """Cache of the prompts but for their last token, each repeated, so that no prompt is read twice."""
+        if input_ids.shape[1] < 2:
+            return None
+        cache = DynamicCache(config=self.lm.config)
+        self.lm(
+            input_ids=input_ids[:, :-1],
+            attention_mask=attention_mask[:, :-1],
+            position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(repeats)
+        return cache
 
     # Saving and loading
 
@@ -428,8 +458,6 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs) -> str:
         """Uploads the active proxy; returns the URL of the commit."""
-        import tempfile
-
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
@@ -469,8 +497,6 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _with_temperature(config: ProxyConfig, temperature: float) -> ProxyConfig:
     """A copy of `config` at another temperature; raises as [`ProxyConfig`] does."""
-    import dataclasses
-
     return dataclasses.replace(config, temperature=temperature)
 
 

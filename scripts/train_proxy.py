@@ -1,0 +1,151 @@
+"""Train a proxy over a frozen language model by PPO on a reward.
+
+On a bare machine (embedded LM, reward and prompts, 2 CPU cores):
+
+    accelerate launch scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml
+
+On a GPU, with any causal LM, dataset and reward model of the hub:
+
+    accelerate launch scripts/train_proxy.py \\
+        --model_name_or_path Qwen/Qwen2.5-7B-Instruct --load_in_4bit \\
+        --dataset_name trl-lib/ultrafeedback-prompt \\
+        --reward_model_name_or_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \\
+        --output_dir outputs/proxy
+
+The same command again goes on where an interrupted run stopped. `--reward_funcs package.module.function` adds reward
+functions of your own, weighted by `--reward_weights`.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
+from trl_proxy.actor_critic import RewardError
+from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts, load_reward
+
+RUN_FILE = "run.json"
+# What may differ between an interrupted run and the command that goes on with it.
+_NOT_IDENTITY = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "log_level", "report_to"}
+
+
+@dataclass
+class ProxyScriptArguments(ScriptArguments):
+    """TRL's script arguments and where the reward comes from."""
+
+    dataset_name: str | None = field(default=EMBEDDED, metadata={"help": "`embedded`, a JSON file or a hub dataset."})
+    dataset_test_split: str = field(default="validation", metadata={"help": "Split for evaluation while training."})
+    reward_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "`embedded`, `embedded:harmless`, `embedded:helpful`, or a model id. Default: `embedded`."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Dotted import paths of reward functions, beside the reward model."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train from the start in a folder that holds another run's checkpoints."}
+    )
+
+
+# ProxyConfig on the command line: `--temperature` is the training arguments' already, and the model fills in the rest.
+ProxyArguments = dataclasses.make_dataclass(
+    "ProxyArguments",
+    [
+        (f.name, f.type, copy.copy(f))
+        for f in dataclasses.fields(ProxyConfig)
+        if f.name not in ("temperature", "hidden_size", "embedding_size", "base_model_name_or_path")
+    ],
+)
+
+
+def make_parser() -> TrlParser:
+    """TRL's parser over everything that can be set."""
+    types = (ProxyScriptArguments, ProxyPPOConfig, ProxyArguments, ModelConfig)
+    return TrlParser(types, description=__doc__.partition("\n")[0])
+
+
+def identity(*configs) -> dict:
+    """What makes a run the run it is, as JSON-ready values."""
+    values = {k: v for config in configs for k, v in dataclasses.asdict(config).items() if k not in _NOT_IDENTITY}
+    return json.loads(json.dumps(values, default=str, sort_keys=True))
+
+
+def checkpoint_to_resume(output_dir: str, run: dict, overwrite: bool) -> str | None:
+    """The last checkpoint of this very run in `output_dir`; `ValueError` where it holds another run's."""
+    path = os.path.join(output_dir, RUN_FILE)
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if last is None or overwrite:
+        return None
+    if not os.path.isfile(path):
+        raise ValueError(f"{output_dir} holds a checkpoint of something else: choose another --output_dir.")
+    with open(path, encoding="utf-8") as file:
+        before = json.load(file)
+    changed = sorted(key for key in run.keys() | before.keys() if run.get(key) != before.get(key))
+    if changed:
+        raise ValueError(
+            f"{output_dir} holds the checkpoint of another run (different: {', '.join(changed)}): choose another "
+            "--output_dir, or start anew with --overwrite_output_dir."
+        )
+    return last
+
+
+def main(script_args: ProxyScriptArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig) -> None:
+    """Loads everything, trains, saves the proxy to `output_dir`."""
+    proxy_config = ProxyConfig(**dataclasses.asdict(proxy_args), temperature=training_args.temperature)
+    run = identity(script_args, training_args, model_args, proxy_config)
+    checkpoint = training_args.resume_from_checkpoint or checkpoint_to_resume(
+        training_args.output_dir, run, script_args.overwrite_output_dir
+    )
+    dataset = load_prompts(script_args.dataset_name, script_args.dataset_train_split)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_prompts(script_args.dataset_name, script_args.dataset_test_split)
+    names = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
+    names += script_args.reward_funcs or []
+    rewards = [load_reward(name) for name in names or [EMBEDDED]]
+
+    set_seed(training_args.seed)
+    lm, tokenizer = load_lm(
+        model_args.model_name_or_path or EMBEDDED,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+    )
+    model = ProxyModelForCausalLM(lm, proxy_config)
+    trainer = ProxyPPOTrainer(
+        model=model,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    if trainer.accelerator.is_main_process:
+        model.print_trainable_parameters()
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=2)
+    if checkpoint:
+        trainer.accelerator.print(f"Going on from {checkpoint}.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"Proxy saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    try:
+        main(*make_parser().parse_args_and_config())
+    except (ValueError, RewardError) as error:
+        raise SystemExit(f"train_proxy: {error}") from error

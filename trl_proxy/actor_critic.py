@@ -1,0 +1,284 @@
+"""What PPO on the gate and PPO on the LM share, on top of TRL's RLOOTrainer.
+
+RLOOTrainer brings prompts, reward functions, buffering, logging, evaluation and checkpoints. Here a critic takes the
+place of its leave-one-out baseline: rewards are kept, advantages are computed over steps (decisions of the gate, or
+tokens), and the loss is PPO's. The subclasses say what a step is.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import RLOOTrainer
+from trl.trainer.utils import RepeatSampler, is_async_callable
+
+from .advantages import gae, reward_at_last_step
+from .config import PPOConfig
+from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
+from .rewards import check_rewards
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned something that is no reward. A checkpoint was saved before."""
+
+
+class _GuardedReward:
+    """A reward function whose failure is kept until every process can hear of it."""
+
+    def __init__(self, function: Callable, name: str, allow_none: bool):
+        self.function, self.__name__, self.allow_none = function, name, allow_none
+        self.error: str | None = None
+
+    def __call__(self, prompts, completions, **columns):
+        try:
+            return self._check(self.function(prompts=prompts, completions=completions, **columns), prompts)
+        except Exception as error:
+            self.error = self._describe(error, prompts, completions, columns)
+            return [0.0] * len(prompts)
+
+    def _check(self, rewards, prompts) -> list[float | None]:
+        given = [0.0 if reward is None and self.allow_none else reward for reward in rewards]
+        check_rewards(given, len(prompts), prompts, self.__name__)
+        return rewards
+
+    def _describe(self, error: Exception, prompts, completions, columns) -> str:
+        if isinstance(error, ValueError) and self.__name__ in str(error):
+            return str(error)
+        # Which prompt was it? Ask for one at a time.
+        guilty = prompts[0]
+        for i in range(len(prompts)):
+            one = {
+                k: v[i : i + 1] if isinstance(v, list) and len(v) == len(prompts) else v for k, v in columns.items()
+            }
+            try:
+                self.function(prompts=prompts[i : i + 1], completions=completions[i : i + 1], **one)
+            except Exception:
+                guilty = prompts[i]
+                break
+        return f"The reward function {self.__name__} raised {type(error).__name__} ({error}) on the prompt {guilty!r}."
+
+
+class _GuardedAsyncReward(_GuardedReward):
+    """The same for a coroutine function."""
+
+    async def __call__(self, prompts, completions, **columns):
+        try:
+            return self._check(await self.function(prompts=prompts, completions=completions, **columns), prompts)
+        except Exception as error:
+            self.error = (
+                f"The reward function {self.__name__} raised {type(error).__name__} ({error}) on a batch whose first "
+                f"prompt is {prompts[0]!r}."
+            )
+            return [0.0] * len(prompts)
+
+
+class _EpochSampler(RepeatSampler):
+    """TRL's sampler with an order that depends on the epoch alone, so that a resumed run sees the same prompts."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
+
+
+class _SaveBetweenRollouts(TrainerCallback):
+    """Puts checkpoints off to the end of a rollout's updates: a rollout is not saved, so a run that resumed in the
+    middle of one would differ from the uninterrupted run."""
+
+    def __init__(self, cycle: int):
+        self.cycle, self.pending = cycle, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.pending |= control.should_save
+        at_boundary = state.global_step % self.cycle == 0 or state.global_step >= state.max_steps
+        control.should_save = self.pending and at_boundary
+        self.pending &= not at_boundary
+        return control
+
+
+class ActorCriticTrainer(RLOOTrainer):
+    """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`."""
+
+    def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset=None, eval_dataset=None, **kwargs):
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            _check_dataset(name, dataset)
+        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        self._guards: list[_GuardedReward] = []
+        for i, func in enumerate(funcs):
+            if callable(func) and not isinstance(func, torch.nn.Module):
+                guard = _GuardedAsyncReward if is_async_callable(func) else _GuardedReward
+                name = getattr(func, "__name__", type(func).__name__)
+                # With several reward functions TRL takes None for "does not apply to this sample".
+                self._guards.append(guard(func, name, allow_none=len(funcs) > 1))
+                funcs = [*funcs[:i], self._guards[-1], *funcs[i + 1 :]]
+        super().__init__(
+            model=model,
+            reward_funcs=funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self._staging = False
+        cycle = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+        self.add_callback(_SaveBetweenRollouts(max(cycle, 1)))
+
+    # What subclasses provide
+
+    def _collect(self, output: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Of the rollout just made: `action_mask` (bool), `action_log_probs`, `state_values`, optionally
+        `step_rewards`, all `(B, T)`, and what `_evaluate_actions` needs, with B in front."""
+        raise NotImplementedError
+
+    def _evaluate_actions(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the actions and state values, `(B, T)` each, with gradients."""
+        raise NotImplementedError
+
+    # Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        errors = [guard.error for guard in self._guards if guard.error]
+        start = self.accelerator.process_index * len(prompts)
+        local = rewards[start : start + len(prompts)]
+        bad = (local.isinf().any(-1) | local.isnan().all(-1)).nonzero()[:, 0].tolist()
+        if bad and not errors:
+            errors = [f"The rewards {local[bad[0]].tolist()} are not finite on the prompt {prompts[bad[0]]!r}."]
+        # Every process stops, not only the one whose reward failed; the others would wait for it for ever.
+        errors = gather_object(errors)
+        if errors:
+            raise RewardError(errors[0])
+        self._kept_rewards = rewards
+        return rewards
+
+    def _local_rewards(self, n: int) -> torch.Tensor:
+        """Weighted sum of this process's rewards, `(n,)`."""
+        rewards = (self._kept_rewards * self.reward_weights.to(self._kept_rewards.device)).nansum(-1)
+        if self.reward_clip_range:
+            rewards = rewards.clamp(*self.reward_clip_range)
+        start = self.accelerator.process_index * n
+        return rewards[start : start + n]
+
+    # Rollout -> advantages
+
+    def _generate_and_score_completions(self, inputs):
+        training = self.model.training
+        rng_state = torch.get_rng_state()
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        except RewardError:
+            if training:
+                # The state before this rollout: a resumed run makes the same rollout and asks for its rewards again.
+                torch.set_rng_state(rng_state)
+                self._save_checkpoint(self.model, trial=None)
+            raise
+        batch = self._collect(output)
+        mask, values = batch["action_mask"], batch["state_values"]
+        episode_rewards = self._local_rewards(len(inputs)).to(values)
+        step_rewards = reward_at_last_step(episode_rewards, mask) + batch.pop("step_rewards", 0.0)
+        advantages, returns = gae(step_rewards, values, mask, self.args.gamma, self.args.gae_lambda)
+
+        # Moments over the steps of all processes, for whitening and for the critic's explained variance.
+        error = (returns - values) * mask
+        total = self.accelerator.reduce(
+            torch.stack(
+                [x.double().sum() for x in (mask, advantages, advantages**2, returns, returns**2, error, error**2)]
+            ),
+            reduction="sum",
+        ).tolist()
+        n = max(total[0], 1.0)
+        mean = total[1] / n
+        std = max(total[2] / n - mean**2, 0.0) ** 0.5
+        var_returns, var_error = (max(total[i + 1] / n - (total[i] / n) ** 2, 0.0) for i in (3, 5))
+        batch["advantages_per_step"] = (advantages - mean) / (std + 1e-8) * mask
+        batch["returns"] = returns
+
+        metrics = self._metrics["train" if training else "eval"]
+        metrics["explained_variance"].append(1 - var_error / var_returns if var_returns > 0 else 0.0)
+        metrics["value/mean"].append((total[3] - total[5]) / n)
+        # With a critic, the spread within a group of completions means nothing.
+        metrics.pop("frac_reward_zero_std", None)
+        # The table of completions shows an episode's mean advantage in place of RLOO's.
+        output["advantages"] = advantages.sum(-1) / mask.sum(-1).clamp(min=1)
+        shown = self.accelerator.gather(output["advantages"]).tolist()
+        for _ in range(min(len(shown), len(self._logs["advantages"]))):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(shown)
+        return {**output, **batch}
+
+    # Loss
+
+    def _compute_loss(self, model, inputs):
+        mask, old = inputs["action_mask"], inputs["action_log_probs"]
+        log_probs, entropies, values = self._evaluate_actions(model, inputs)
+        clip = (self.epsilon_low, self.epsilon_high)
+        policy_loss = clipped_policy_loss(log_probs, old, inputs["advantages_per_step"], mask, *clip)
+        value_loss = clipped_value_loss(
+            values, inputs["state_values"], inputs["returns"], mask, self.args.cliprange_value
+        )
+        entropy = masked_mean(entropies, mask)
+        with torch.no_grad():
+            logged = {
+                "loss/policy": policy_loss,
+                "loss/value": value_loss,
+                "entropy": entropy,
+                "approx_kl": approx_kl(log_probs, old, mask),
+                "clip_ratio": clip_fraction(log_probs, old, mask, *clip),
+            }
+            values = self.accelerator.reduce(torch.stack([x.detach() for x in logged.values()]), reduction="mean")
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in zip(logged, values.tolist()):
+            metrics[name].append(value)
+        return policy_loss + self.args.vf_coef * value_loss - self.args.entropy_coef * entropy
+
+    # Data order and checkpoints
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        sampler.__class__ = _EpochSampler
+        return sampler
+
+    def _get_output_dir(self, trial):
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, ".partial") if self._staging else run_dir
+
+    def _save_checkpoint(self, model, trial):
+        """Under a temporary name, then renamed: a run that is killed here leaves its last checkpoint whole."""
+        run_dir = self._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            final = os.path.join(run_dir, name)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(os.path.join(run_dir, ".partial", name), final)
+            shutil.rmtree(os.path.join(run_dir, ".partial"), ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def _check_dataset(name: str, dataset) -> None:
+    """`ValueError` for a dataset without rows or without prompts."""
+    if dataset is None or isinstance(dataset, dict):
+        for key, part in (dataset or {}).items():
+            _check_dataset(f"{name}[{key!r}]", part)
+        return
+    if dataset.column_names is not None and "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` has no column `prompt`, only {', '.join(dataset.column_names) or 'none'}.")
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")

@@ -1,0 +1,236 @@
+"""[`ProxyPPOTrainer`]: PPO on the gate (arXiv 2403.04283, section 3). The LM runs in the rollout alone."""
+
+import textwrap
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from trl.data_utils import is_conversational
+from trl.trainer.utils import pad
+
+from .actor_critic import ActorCriticTrainer
+from .config import WEIGHTS_NAME, ProxyPPOConfig, proxy_file
+from .decoding import Decisions, Rollout
+from .modeling import ProxyModelForCausalLM
+
+# Decisions whose features are made and judged at once outside the update.
+_CHUNK = 8192
+
+
+class ProxyPPOTrainer(ActorCriticTrainer):
+    """Trains a proxy by PPO on the reward of the finished responses; the language model is not touched.
+
+    Args:
+        model ([`ProxyModelForCausalLM`]): the frozen LM with the proxy to train.
+        reward_funcs, train_dataset, eval_dataset, processing_class, callbacks, ...: as for [`~trl.RLOOTrainer`].
+        args ([`ProxyPPOConfig`], *optional*): training settings.
+
+    Example:
+
+    ```python
+    >>> trainer = ProxyPPOTrainer(
+    ...     model=ProxyModelForCausalLM(lm, ProxyConfig()),
+    ...     reward_funcs=my_reward,
+    ...     args=ProxyPPOConfig(output_dir="proxy"),
+    ...     train_dataset=dataset,
+    ...     processing_class=tokenizer,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "trl-proxy", "proxy-ppo"]
+    _name = "Proxy-RLHF"
+    _paper = {
+        "title": "Proxy-RLHF: Decoupling Generation and Alignment in Large Language Model with Proxy",
+        "id": "2403.04283",
+        "citation": textwrap.dedent("""\
+            @article{zhu2024proxyrlhf,
+                title   = {{Proxy-RLHF: Decoupling Generation and Alignment in Large Language Model with Proxy}},
+                author  = {Yu Zhu and Chuxiong Sun and Wenfei Yang and Wenqiang Wei and Bo Tang and Tianzhu Zhang and Zhiyu Li and Shifeng Zhang and Feiyu Xiong and Jie Hu and Mingchuan Yang},
+                year    = 2024,
+                eprint  = {arXiv:2403.04283},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(self, model, reward_funcs, args: ProxyPPOConfig | None = None, processing_class=None, **kwargs):
+        if not isinstance(model, ProxyModelForCausalLM):
+            raise TypeError(
+                f"`model` must be a ProxyModelForCausalLM, got {type(model).__name__}: wrap the LM with "
+                "`ProxyModelForCausalLM(lm, ProxyConfig())`."
+            )
+        args = args or ProxyPPOConfig(output_dir="proxy-ppo")
+        if args.temperature not in (1.0, model.proxy_config.temperature):
+            raise ValueError(
+                f"`temperature` is {args.temperature} in the training arguments and {model.proxy_config.temperature} "
+                "in the proxy: the proposals' temperature is the proxy's, set it in ProxyConfig alone."
+            )
+        if processing_class is not None:
+            if processing_class.eos_token_id is None:
+                raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
+            for dataset in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
+                _check_prompt_lengths(dataset, processing_class, model, args)
+        # RLOO's own `beta` would load a second LM as reference. Ours is the frozen LM, whose log-probs the rollout has.
+        beta, args.beta = args.beta, 0.0
+        super().__init__(
+            model=model, reward_funcs=reward_funcs, args=args, processing_class=processing_class, **kwargs
+        )
+        args.beta = beta
+        self._rollout: Rollout | None = None
+
+    # Rollout
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        device = self.accelerator.device
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        training = self.model.training
+        prompts = [torch.tensor(ids) for ids in prompt_ids]
+        # TRL repeats a prompt once per generation; the LM reads it once.
+        repeats = self.num_generations if training else self.num_generations_eval
+        if any(prompt_ids[i] != prompt_ids[i - i % repeats] for i in range(len(prompt_ids))):
+            repeats = 1
+        prompts = prompts[::repeats]
+        size = max((self.args.rollout_batch_size or len(prompt_ids)) // repeats, 1)
+        started = time.perf_counter()
+        completions, decisions, rollouts = [], [], []
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            ids = pad(chunk, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
+            mask = pad([torch.ones_like(x) for x in chunk], padding_value=0, padding_side="left").to(device)
+            output = model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=self.generation_config,
+                num_return_sequences=repeats,
+                # Training explores; evaluation does what deployment does.
+                gate_sample=training,
+                output_rollout=True,
+            )
+            responses = output.sequences[:, ids.shape[1] :]
+            lengths = output.decisions.tokens.tolist()
+            completions += [row[:n] for row, n in zip(responses.tolist(), lengths, strict=True)]
+            decisions.append(output.decisions)
+            rollouts.append(output.rollout)
+        self._rollout = _concatenate(rollouts)
+        self._log_rollout(Decisions(*map(torch.cat, zip(*decisions))), time.perf_counter() - started)
+        return completions
+
+    def _log_rollout(self, decisions: Decisions, seconds: float) -> None:
+        rollout = self._rollout
+        local = [
+            decisions.tokens.sum(),
+            decisions.lm_forwards.sum(),
+            decisions.rank_sum.sum(),
+            rollout.mask.sum(),
+            (rollout.accept & rollout.mask).sum(),
+            rollout.token_log_probs.sum(),
+            len(rollout.mask),
+        ]
+        local = torch.tensor([float(x) for x in local], dtype=torch.float64, device=self.accelerator.device)
+        total = self.accelerator.reduce(local.float() if local.device.type == "mps" else local, reduction="sum")
+        tokens, forwards, rejections, asked, accepted, log_prob, episodes = total.tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in {
+            "accept_rate": accepted / max(asked, 1),
+            "decisions_per_token": asked / tokens,
+            "lm_forwards_per_token": forwards / tokens,
+            "accepted_rank": rejections / tokens,
+            "lm_logp_per_token": log_prob / tokens,
+            "episodes_per_second": episodes / seconds,
+            "tokens_per_second": tokens / seconds,
+        }.items():
+            metrics[name].append(value)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        # RLOO's log-probs of whole responses under the LM: PPO on the gate has no use for them.
+        zeros = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
+        return zeros, zeros, None
+
+    def _collect(self, output):
+        rollout, self._rollout = self._rollout, None
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with torch.no_grad():
+            features = model.rollout_features(rollout)
+            judged = [model(gate_features=features[i : i + _CHUNK]) for i in range(0, max(len(features), 1), _CHUNK)]
+        log_probs, _ = _bernoulli(torch.cat([x.accept_logits for x in judged]), rollout.accept[rollout.mask])
+        batch = {
+            "action_mask": rollout.mask,
+            "action_log_probs": _unflatten(log_probs, rollout.mask),
+            "state_values": _unflatten(torch.cat([x.state_values for x in judged]), rollout.mask),
+            **{f"rollout_{name}": value for name, value in rollout._asdict().items()},
+        }
+        if self.args.beta:
+            # KL to the frozen LM, estimated along the path: log pi(token) - log p(token), summed over a position's
+            # decisions. Positions without a decision have nothing to learn from it.
+            batch["step_rewards"] = self.args.beta * (rollout.lm_log_probs - batch["action_log_probs"]) * rollout.mask
+        return batch
+
+    # Update
+
+    def _evaluate_actions(self, model, inputs):
+        rollout = Rollout(*(inputs[f"rollout_{name}"] for name in Rollout._fields))
+        with torch.no_grad():
+            features = self.accelerator.unwrap_model(self.model_wrapped).rollout_features(rollout)
+        output = model(gate_features=features)
+        log_probs, entropies = _bernoulli(output.accept_logits, rollout.accept[rollout.mask])
+        return tuple(_unflatten(x, rollout.mask) for x in (log_probs, entropies, output.state_values))
+
+    # Checkpoints hold the proxy alone
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        model.proxy.load_weights(proxy_file(resume_from_checkpoint, WEIGHTS_NAME))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _bernoulli(logits: torch.Tensor, accept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each accept or reject `(N,)`, and the entropy of that decision."""
+    log_prob = -F.binary_cross_entropy_with_logits(logits, accept.to(logits), reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits, torch.sigmoid(logits), reduction="none")
+    return log_prob, entropy
+
+
+def _unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`(N,)` values of the True entries of `mask` `(B, D)`, in their places; zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def _concatenate(rollouts: list[Rollout]) -> Rollout:
+    """Rollouts of several batches as one, padded to the longest."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+
+    def cat(tensors):
+        if tensors[0].dim() > 1:
+            width = max(x.shape[1] for x in tensors)
+            tensors = [F.pad(x, (*[0] * (2 * x.dim() - 4), 0, width - x.shape[1])) for x in tensors]
+        return torch.cat(tensors)
+
+    return Rollout(*(cat(x) for x in zip(*rollouts)))
+
+
+def _check_prompt_lengths(dataset, tokenizer, model: nn.Module, args: ProxyPPOConfig) -> None:
+    """`ValueError` where a prompt and its response need more positions than the LM has."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or dataset is None or isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
+        return
+    room = limit - args.max_completion_length
+    for prompt in dataset["prompt"] if "prompt" in (dataset.column_names or []) else []:
+        conversational = is_conversational({"prompt": prompt})
+        text = "".join(str(message["content"]) for message in prompt) if conversational else prompt
+        # A token stands for one character at least, and a template adds some: short prompts need no counting.
+        if len(text) + 256 < room:
+            continue
+        if conversational:
+            template = {"add_generation_prompt": True, "return_dict": True, **(args.chat_template_kwargs or {})}
+            length = len(tokenizer.apply_chat_template(prompt, **template)["input_ids"])
+        else:
+            length = len(tokenizer(text)["input_ids"])
+        if length > room:
+            raise ValueError(
+                f"A prompt has {length} tokens; with max_completion_length={args.max_completion_length} the LM's "
+                f"{limit} positions leave {room}. It begins with {text[:200]!r}."
+            )
