@@ -95,7 +95,9 @@ def checkpoint_to_resume(output_dir: str, run: dict, overwrite: bool) -> str | N
     return last
 
 
-def main(script_args: ProxyScriptArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig) -> None:
+def main(
+    script_args: ProxyScriptArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig
+) -> None:
     """Loads everything, trains, saves the proxy to `output_dir`."""
     proxy_config = ProxyConfig(**dataclasses.asdict(proxy_args), temperature=training_args.temperature)
     run = identity(script_args, training_args, model_args, proxy_config)

@@ -155,11 +155,16 @@ class ActorCriticTrainer(RLOOTrainer):
         self._kept_rewards = rewards
         return rewards
 
-    def _local_rewards(self, n: int) -> torch.Tensor:
-        """Weighted sum of this process's rewards, `(n,)`."""
+    def _episode_rewards(self, n: int) -> torch.Tensor:
+        """What the n episodes of this process earn, `(n,)`: the weighted sum of their rewards, from the mean of the
+        prompt's other responses where there are any (Kool et al. 2019, the leave-one-out baseline of RLOO)."""
         rewards = (self._kept_rewards * self.reward_weights.to(self._kept_rewards.device)).nansum(-1)
         if self.reward_clip_range:
             rewards = rewards.clamp(*self.reward_clip_range)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        if self.args.group_baseline and group > 1:
+            grouped = rewards.view(-1, group)
+            rewards = ((grouped - grouped.mean(-1, keepdim=True)) * group / (group - 1)).flatten()
         start = self.accelerator.process_index * n
         return rewards[start : start + n]
 
@@ -178,7 +183,7 @@ class ActorCriticTrainer(RLOOTrainer):
             raise
         batch = self._collect(output)
         mask, values = batch["action_mask"], batch["state_values"]
-        episode_rewards = self._local_rewards(len(inputs)).to(values)
+        episode_rewards = self._episode_rewards(len(inputs)).to(values)
         step_rewards = reward_at_last_step(episode_rewards, mask) + batch.pop("step_rewards", 0.0)
         advantages, returns = gae(step_rewards, values, mask, self.args.gamma, self.args.gae_lambda)
 

@@ -125,6 +125,13 @@ class PPOConfig(RLOOConfig):
     vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    group_baseline: bool = field(
+        default=True,
+        metadata={
+            "help": "With several generations per prompt, count a response's reward from the mean of the prompt's other "
+            "responses: the critic need not learn which prompts are easy."
+        },
+    )
 
     def __post_init__(self):
         try:

@@ -1,4 +1,4 @@
-"""Gated decoding: how proposals of the frozen LM become a response, and the record of every decision.
+"""Gated decoding: how proposals of the frozen LM become a response.
 
 Two paths share one decision process. With prefix features [`PrefixGate`] sits as the last logits processor inside
 transformers' own `generate`. With candidate features a proposal has to be fed to the LM before it can be judged, so
@@ -7,73 +7,23 @@ transformers' own `generate`. With candidate features a proposal has to be fed t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import LogitsProcessor
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .candidates import NUM_SCALARS, Candidates, candidate_scalars, propose
+from .candidates import Candidates, propose
 from .config import ProxyConfig
 from .gate import accepted_rank, decide
+from .rollout import Decisions, Event, ProxyGenerateOutput, Step, record_events
 
 
-class Decisions(NamedTuple):
-    """What happened in each row of a batch; all `(batch,)` int64.
-
-    Attributes:
-        tokens: accepted tokens, an end-of-sequence token included.
-        proposals: candidates that were offered.
-        accepts: candidates that the gate accepted.
-        forced: candidates that were accepted without asking, being the last of their position.
-        rank_sum: rejections, which is the sum of the accepted candidates' ranks.
-        lm_forwards: forward passes of the LM in which the row took part, the prompt's included.
-    """
-
-    tokens: torch.Tensor
-    proposals: torch.Tensor
-    accepts: torch.Tensor
-    forced: torch.Tensor
-    rank_sum: torch.Tensor
-    lm_forwards: torch.Tensor
-
-
-class Rollout(NamedTuple):
-    """The decisions of a batch in the order in which they were taken, with what the gate read.
-
-    Shapes: B rows, D decisions at most per row, H cached hidden states per row.
-
-    Attributes:
-        hidden: `(B, H, hidden_size)` in the LM's dtype.
-        hidden_index: `(B, D)` int64, which of the H a decision read.
-        token_ids: `(B, D)` int64, the candidate that was judged.
-        scalars: `(B, D, NUM_SCALARS)` float32, see `candidates.candidate_scalars`.
-        accept: `(B, D)` bool, the action.
-        mask: `(B, D)` bool, True for a decision; they come first.
-        lm_log_probs: `(B, D)` float32, at the last decision of a position the log-probability that the LM gave the
-            token accepted there, else 0.
-        token_log_probs: `(B,)` float32, sum over the response's tokens of the LM's log-probability.
-    """
-
-    hidden: torch.Tensor
-    hidden_index: torch.Tensor
-    token_ids: torch.Tensor
-    scalars: torch.Tensor
-    accept: torch.Tensor
-    mask: torch.Tensor
-    lm_log_probs: torch.Tensor
-    token_log_probs: torch.Tensor
-
-
-@dataclass
-class ProxyGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns: transformers' fields and the record of decisions."""
-
-    decisions: Decisions | None = None
-    rollout: Rollout | None = None
+def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
+    """[`candidates.propose`] with a proxy's settings."""
+    return propose(scores, config.p_t, config.p_t_mode, config.max_candidates, config.temperature, config.proposal)
 
 
 class HiddenTap:
@@ -107,7 +57,7 @@ class PrefixGate(LogitsProcessor):
         tap: sees the hidden state of the step.
         attention_mask: `(B, prompt length)` of the prompts.
         threshold, sample: see `gate.decide`.
-        keep_hidden: keep what a [`Rollout`] needs.
+        keep_hidden: keep what a [`rollout.Rollout`] needs.
     """
 
     def __init__(self, judge, config: ProxyConfig, tap: HiddenTap, attention_mask, threshold, sample, keep_hidden):
@@ -115,70 +65,17 @@ class PrefixGate(LogitsProcessor):
         self.threshold, self.sample, self.keep_hidden = threshold, sample, keep_hidden
         self.prompt_width = attention_mask.shape[1]
         self.prompt_lengths = attention_mask.sum(-1)
-        self.steps: list[tuple[Candidates, torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+        self.steps: list[Step] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if len(self.prompt_lengths) != len(input_ids):  # several sequences per prompt
-            self.prompt_lengths = self.prompt_lengths.repeat_interleave(len(input_ids) // len(self.prompt_lengths))
         positions = self.prompt_lengths + (input_ids.shape[1] - self.prompt_width)
         hidden = self.tap.hidden[:, -1]
         candidates = propose_for(self.config, scores)
         accept = decide(self.judge(hidden, candidates, positions), self.threshold, self.sample)
         rank = accepted_rank(accept, candidates.mask)
-        self.steps.append((candidates, rank, hidden if self.keep_hidden else None, positions))
+        self.steps.append(Step(candidates, rank, hidden if self.keep_hidden else None, positions))
         chosen = candidates.token_ids.gather(-1, rank[:, None])
         return scores.fill_(-torch.inf).scatter_(-1, chosen, 0.0)
-
-    def record(self, responses: torch.Tensor, eos_token_ids: torch.Tensor) -> tuple[Decisions, Rollout | None]:
-        """Decisions and, with `keep_hidden`, the rollout of finished responses `(B, T)`."""
-        steps = self.steps[: responses.shape[1]]
-        candidates = Candidates(*(torch.stack(x, 1) for x in zip(*(s[0] for s in steps), strict=True)))
-        rank = torch.stack([s[1] for s in steps], 1)
-        # A row is over after an end-of-sequence token, or where another stopping criterion has put padding in place of
-        # the token that was accepted.
-        follows = candidates.token_ids.gather(-1, rank[..., None])[..., 0] == responses
-        ended = torch.isin(responses, eos_token_ids)
-        alive = follows & (ended.cumsum(-1) - ended.long() == 0)
-        alive = alive.long().cumprod(-1).bool()
-
-        last = candidates.counts - 1
-        asked = torch.where(alive, torch.minimum(rank + 1, last), 0)
-        forced = (rank == last) & alive
-        tokens = alive.sum(-1)
-        rejections = torch.where(alive, rank, 0).sum(-1)
-        decisions = Decisions(
-            tokens, rejections + tokens, tokens - forced.sum(-1), forced.sum(-1), rejections, tokens.clone()
-        )
-        if not self.keep_hidden:
-            return decisions, None
-
-        # (B, T, K) -> (B, D): the decisions in front, in the order of positions and then of ranks.
-        batch, length, k = candidates.token_ids.shape
-        ranks = torch.arange(k, device=rank.device)
-        is_decision = ranks < asked[..., None]
-        ends_position = ranks == asked[..., None] - 1
-        order = is_decision.flatten(1).long().argsort(dim=-1, descending=True, stable=True)
-        order = order[:, : max(int(is_decision.sum((1, 2)).max()), 1)]
-        pick = lambda x: x.expand(batch, length, k).flatten(1).gather(1, order)  # noqa: E731
-        token_log_probs = candidates.log_probs.gather(-1, rank[..., None])
-        positions = torch.stack([s[3] for s in steps], 1)
-        scalars = candidate_scalars(candidates, positions).flatten(1, 2)
-        rollout = Rollout(
-            hidden=torch.stack([s[2] for s in steps], 1),
-            hidden_index=order // k,
-            token_ids=pick(candidates.token_ids),
-            scalars=scalars.gather(1, order[..., None].expand(-1, -1, NUM_SCALARS)),
-            accept=pick(ranks == rank[..., None]),
-            mask=pick(is_decision),
-            lm_log_probs=pick(token_log_probs) * pick(ends_position),
-            token_log_probs=torch.where(alive, token_log_probs[..., 0], 0.0).sum(-1),
-        )
-        return decisions, rollout
-
-
-def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
-    """[`candidates.propose`] with a proxy's settings."""
-    return propose(scores, config.p_t, config.p_t_mode, config.max_candidates, config.temperature, config.proposal)
 
 
 class _RowLayer(CacheLayerMixin):
@@ -191,9 +88,9 @@ class _RowLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states, value_states):
-        shape = lambda x: (*x.shape[:2], self.cache.capacity, x.shape[-1])  # noqa: E731
-        self.keys = key_states.new_zeros(shape(key_states))
-        self.values = value_states.new_zeros(shape(value_states))
+        rows, heads = key_states.shape[:2]
+        self.keys = key_states.new_zeros(rows, heads, self.cache.capacity, key_states.shape[-1])
+        self.values = value_states.new_zeros(rows, heads, self.cache.capacity, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -240,46 +137,166 @@ class RowCache(Cache):
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
-class _Events:
-    """Decisions of the candidate loop as they come, flat; [`Rollout`] at the end."""
+class _Active(NamedTuple):
+    """Rows that are not finished; A of them."""
 
-    def __init__(self):
-        self.parts: list[tuple[torch.Tensor, ...]] = []
+    rows: torch.Tensor  # (A,) index in the batch
+    length: torch.Tensor  # (A,) accepted tokens
+    prompt_lengths: torch.Tensor  # (A,) without padding
+    visible: torch.Tensor  # (A, capacity) 0/1, the slots that attention sees
+    rank: torch.Tensor  # (A,) which candidate is on offer
+    token_ids: torch.Tensor  # (A, K) candidates, with their ...
+    log_probs: torch.Tensor  # (A, K)
+    last: torch.Tensor  # (A,) rank of the last candidate
 
-    def add(self, rows, hidden, token_ids, accept, ends_position, log_probs):
-        if len(rows):
-            self.parts.append((rows, hidden, token_ids, accept, torch.where(ends_position, log_probs, 0.0)))
+    def select(self, keep: torch.Tensor) -> "_Active":
+        return _Active(*(x[keep] for x in self))
 
-    def rollout(self, batch: int, hidden_size: int, dtype, token_log_probs: torch.Tensor) -> Rollout:
-        device = token_log_probs.device
-        if not self.parts:
-            rows, token_ids = (torch.zeros(0, dtype=torch.long, device=device) for _ in range(2))
-            hidden = torch.zeros(0, hidden_size, dtype=dtype, device=device)
-            accept, log_probs = rows.bool(), rows.float()
-        else:
-            rows, hidden, token_ids, accept, log_probs = (torch.cat(x) for x in zip(*self.parts, strict=True))
-        counts = torch.bincount(rows, minlength=batch)
-        width = max(int(counts.max()), 1)
-        order = rows.argsort(stable=True)
-        rows = rows[order]
-        place = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[rows]
+    def at_rank(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(-1, self.rank[:, None])[:, 0]
 
-        def padded(values: torch.Tensor) -> torch.Tensor:
-            out = values.new_zeros(batch, width, *values.shape[1:])
-            out[rows, place] = values[order]
-            return out
 
-        index = torch.arange(width, device=device).expand(batch, width)
-        return Rollout(
-            hidden=padded(hidden),
-            hidden_index=index,
-            token_ids=padded(token_ids),
-            scalars=torch.zeros(batch, width, NUM_SCALARS, device=device),
-            accept=padded(accept),
-            mask=index < counts[:, None],
-            lm_log_probs=padded(log_probs),
-            token_log_probs=token_log_probs,
+class _CandidateLoop:
+    """The state of [`candidate_decode`], in the order in which it happens: prefill, then offers until all rows end."""
+
+    def __init__(self, lm, input_ids, processors, criteria, generation_config, config, streamer):
+        self.lm, self.config, self.streamer = lm, config, streamer
+        self.processors, self.criteria = processors, criteria
+        self.other_criteria = any(not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)) for c in criteria)
+        self.batch, self.prompt_width = input_ids.shape
+        self.device, self.capacity = input_ids.device, generation_config.max_length
+        self.max_new_tokens = self.capacity - self.prompt_width
+        eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+        self.eos = torch.zeros(0, dtype=torch.long, device=self.device) if eos is None else eos
+        self.sequences = input_ids.new_full((self.batch, self.capacity), 0 if pad is None else int(pad))
+        self.sequences[:, : self.prompt_width] = input_ids
+        self.tokens, self.rejections, self.forced, self.forwards = input_ids.new_zeros(4, self.batch)
+        self.token_log_probs = torch.zeros(self.batch, device=self.device)
+        self.events: list[Event] = []
+
+    def prefill(self, input_ids, attention_mask, repeats: int, keep_logits: dict) -> None:
+        """Reads the prompts, each distinct one once, and forms the first candidates."""
+        self.cache = RowCache(self.lm.config.get_text_config().num_hidden_layers, self.prompt_width, self.capacity)
+        output = self.lm(
+            input_ids=input_ids[::repeats],
+            attention_mask=attention_mask[::repeats],
+            position_ids=(attention_mask[::repeats].cumsum(-1) - 1).clamp(min=0),
+            past_key_values=self.cache,
+            use_cache=True,
+            **keep_logits,
         )
+        rows = torch.arange(self.batch, device=self.device)
+        logits = output.logits[:, -1]
+        if repeats > 1:
+            self.cache.select_rows(rows // repeats)
+            logits = logits.repeat_interleave(repeats, dim=0)
+        self.forwards += 1
+        zeros = torch.zeros_like(rows)
+        visible = torch.zeros_like(self.sequences)
+        visible[:, : self.prompt_width] = attention_mask
+        candidates = self._propose(rows, zeros, logits)
+        self.active = _Active(
+            rows, zeros, attention_mask.sum(-1), visible, zeros, *candidates[:2], last=candidates.counts - 1
+        )
+
+    def offer(self, judge, threshold: float, sample: bool, keep_hidden: bool) -> None:
+        """Offers each active row its next candidate: one forward of the LM, one decision each."""
+        token = self.active.at_rank(self.active.token_ids)
+        forced = self.active.rank == self.active.last
+        final = torch.isin(token, self.eos) | (self.active.length + 1 >= self.max_new_tokens)
+        # A forced token that ends its response needs no forward, as in plain decoding.
+        if (forced & final).any():
+            self._accept((forced & final).nonzero()[:, 0], token, forced, final)
+            keep = (~(forced & final)).nonzero()[:, 0]
+            self._keep(keep)
+            token, forced, final = token[keep], forced[keep], final[keep]
+            if not len(keep):
+                return
+
+        active = self.active
+        slots = self.prompt_width + active.length
+        visible = active.visible.scatter(1, slots[:, None], 1)
+        asked = (~forced).nonzero()[:, 0]
+        accept = forced.clone()
+
+        def select(hidden: torch.Tensor) -> torch.Tensor:
+            """Decides, between the LM's body and its head; the head runs where new candidates are needed."""
+            if len(asked):
+                accept[asked] = decide(judge(hidden[asked, -1]), threshold, sample)
+            return hidden[accept & ~final]
+
+        width = self.cache.at(slots)
+        with HiddenTap(self.lm, select) as tap:
+            output = self.lm(
+                input_ids=token[:, None],
+                attention_mask=visible[:, :width],
+                position_ids=(active.prompt_lengths + active.length)[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        self.forwards[active.rows] += 1
+        self.rejections[active.rows] += (~accept).long()
+        if keep_hidden and len(asked):
+            # A position's last decision accepts, or rejects all but the last candidate, which then is forced.
+            to_last = ~accept & (active.rank + 1 == active.last)
+            log_prob = active.log_probs.gather(-1, torch.where(to_last, active.last, active.rank)[:, None])[:, 0]
+            log_prob = torch.where(accept | to_last, log_prob, 0.0)
+            event = (active.rows, tap.hidden[:, -1], active.length, token, accept, log_prob)
+            self.events.append(Event(*(x[asked] for x in event)))
+
+        ended = self._accept(accept.nonzero()[:, 0], token, forced, final)
+        active = self.active._replace(visible=visible, rank=torch.where(accept, 0, active.rank + 1))
+        going = (accept & ~final).nonzero()[:, 0]
+        if len(going):
+            new = self._propose(active.rows[going], active.length[going], output.logits[:, -1])
+            active = active._replace(
+                token_ids=active.token_ids.index_copy(0, going, new.token_ids),
+                log_probs=active.log_probs.index_copy(0, going, new.log_probs),
+                last=active.last.index_copy(0, going, new.counts - 1),
+            )
+        self.active = active
+        if ended.any():
+            self._keep((~ended).nonzero()[:, 0])
+
+    def _accept(self, which: torch.Tensor, token, forced, final) -> torch.Tensor:
+        """Writes down `token` in the active rows `which`; returns for every active row whether it ends, `(A,)`."""
+        ended = torch.zeros_like(final)
+        if not len(which):
+            return ended
+        active = self.active
+        rows = active.rows[which]
+        self.sequences[rows, self.prompt_width + active.length[which]] = token[which]
+        self.tokens[rows] += 1
+        self.forced[rows] += forced[which].long()
+        self.token_log_probs[rows] += active.at_rank(active.log_probs)[which]
+        self.active = active = active._replace(length=active.length.index_add(0, which, torch.ones_like(which)))
+        ended[which] = final[which]
+        if self.other_criteria:
+            ended[which] |= self._by_length(rows, active.length[which], lambda ids, _: self.criteria(ids, None))
+        if self.streamer is not None:
+            self.streamer.put(token[which].cpu())
+        return ended
+
+    def _keep(self, keep: torch.Tensor) -> None:
+        """Finished rows leave the batch, and the cache."""
+        self.active = self.active.select(keep)
+        if len(keep):
+            self.cache.select_rows(keep)
+
+    def _propose(self, rows: torch.Tensor, length: torch.Tensor, logits: torch.Tensor) -> Candidates:
+        if self.processors:
+            logits = logits.float()
+            logits = self._by_length(rows, length, lambda ids, group: self.processors(ids, logits[group]))
+        return propose_for(self.config, logits)
+
+    def _by_length(self, rows: torch.Tensor, length: torch.Tensor, call) -> torch.Tensor:
+        """`call(ids, group)` on rows of equal length: processors and criteria know rectangular ids alone."""
+        results, order = [], []
+        for n in length.unique().tolist():
+            group = (length == n).nonzero()[:, 0]
+            results.append(call(self.sequences[rows[group], : self.prompt_width + n], group))
+            order.append(group)
+        return torch.cat(results)[torch.cat(order).argsort()]
 
 
 @torch.no_grad()
@@ -309,172 +326,45 @@ def candidate_decode(
         judge: `(hidden (N, d)) -> accept logits (N,)`.
         config, threshold, sample: see `propose_for` and `gate.decide`.
         streamer: gets a token when it is accepted.
-        output_rollout: also return the [`Rollout`].
+        output_rollout: also return the [`rollout.Rollout`].
         repeats: every so many consecutive rows share a prompt, which is read once.
 
     Returns:
         [`ProxyGenerateOutput`]; `sequences` is `(batch, prompt length + longest response)`, padded on the right.
+
+    Raises:
+        `ValueError`: an LM with layers other than full attention.
     """
-    batch, prompt_width = input_ids.shape
-    device = input_ids.device
-    max_new_tokens = generation_config.max_length - prompt_width
+    layers = set(getattr(lm.config.get_text_config(), "layer_types", None) or []) - {"full_attention"}
+    if layers:
+        raise ValueError(
+            f"Candidate features need full attention in every layer, {type(lm).__name__} has "
+            f"{', '.join(sorted(layers))}: use features='prefix'."
+        )
     attention_mask = model_kwargs.get("attention_mask")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    eos = generation_config._eos_token_tensor
-    eos = torch.zeros(0, dtype=torch.long, device=device) if eos is None else eos
-    pad = generation_config._pad_token_tensor
-    own_criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-
-    # Per row of the batch
-    sequences = torch.full((batch, generation_config.max_length), 0 if pad is None else int(pad), device=device)
-    sequences[:, :prompt_width] = input_ids
-    counts = torch.zeros(4, batch, dtype=torch.long, device=device)  # tokens, rejections, forced, forwards
-    token_log_probs = torch.zeros(batch, device=device)
-    events = _Events()
-    # Per active row
-    rows = torch.arange(batch, device=device)
-    length = torch.zeros(batch, dtype=torch.long, device=device)
-    visible = torch.zeros(batch, generation_config.max_length, dtype=torch.long, device=device)
-    visible[:, :prompt_width] = attention_mask
-    prompt_lengths = attention_mask.sum(-1)
-
-    def finished(which: torch.Tensor, tokens: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-        """Accepts `tokens` in the active rows `which`; returns which of these rows end."""
-        nonlocal length
-        sequences[rows[which], prompt_width + length[which]] = tokens
-        length = length.index_add(0, which, torch.ones_like(which))
-        done = final
-        if own_criteria:
-            done = done | by_length(which, lambda ids, group: stopping_criteria(ids, None))
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        return done
-
-    def by_length(which: torch.Tensor, call) -> torch.Tensor:
-        """`call(sequences, group)` on rows of equal length: processors and criteria know rectangular ids alone."""
-        results, order = [], []
-        for n in length[which].unique().tolist():
-            group = (length[which] == n).nonzero()[:, 0]
-            results.append(call(sequences[rows[which[group]], : prompt_width + n], group))
-            order.append(group)
-        return torch.cat(results)[torch.cat(order).argsort()]
-
-    def candidates_of(which: torch.Tensor, logits: torch.Tensor) -> Candidates:
-        logits = logits.float()
-        if len(logits_processor):
-            logits = by_length(which, lambda ids, group: logits_processor(ids, logits[group]))
-        return propose_for(config, logits)
-
-    # Prefill
-    cache = RowCache(lm.config.get_text_config().num_hidden_layers, prompt_width, generation_config.max_length)
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    loop = _CandidateLoop(lm, input_ids, logits_processor, stopping_criteria, generation_config, config, streamer)
+    keep_logits = {"logits_to_keep": 1} if "logits_to_keep" in model_kwargs else {}
     with HiddenTap(lm) as tap:
-        output = lm(
-            input_ids=input_ids[::repeats],
-            attention_mask=attention_mask[::repeats],
-            position_ids=positions[::repeats],
-            past_key_values=cache,
-            use_cache=True,
-            **({"logits_to_keep": 1} if "logits_to_keep" in model_kwargs else {}),
-        )
-    logits = output.logits[:, -1]
-    if repeats > 1:
-        cache.select_rows(rows // repeats)
-        logits = logits.repeat_interleave(repeats, dim=0)
-    hidden_size, hidden_dtype = tap.hidden.shape[-1], tap.hidden.dtype
-    counts[3] += 1
-    candidates = candidates_of(rows, logits)
-    rank = torch.zeros_like(rows)
-
-    while True:
-        last = candidates.counts - 1
-        token = candidates.token_ids.gather(-1, rank[:, None])[:, 0]
-        log_prob = candidates.log_probs.gather(-1, rank[:, None])[:, 0]
-        forced = rank == last
-        final = torch.isin(token, eos) | (length + 1 >= max_new_tokens)
-
-        # A forced token that ends its response needs no forward, as in plain decoding.
-        active = torch.ones_like(forced)
-        instant = (forced & final).nonzero()[:, 0]
-        if len(instant):
-            finished(instant, token[instant], final[instant])
-            counts[0, rows[instant]] += 1
-            counts[2, rows[instant]] += 1
-            token_log_probs[rows[instant]] += log_prob[instant]
-            active[instant] = False
-        if not active.any():
-            break
-        if len(instant):
-            keep = active.nonzero()[:, 0]
-            cache.select_rows(keep)
-            rows, length, visible, prompt_lengths, rank = (
-                x[keep] for x in (rows, length, visible, prompt_lengths, rank)
-            )
-            candidates = Candidates(*(x[keep] for x in candidates))
-            token, log_prob, forced, final, last = (x[keep] for x in (token, log_prob, forced, final, last))
-
-        slots = prompt_width + length
-        visible = visible.scatter(1, slots[:, None], 1)
-        width = cache.at(slots)
-        state = {}
-
-        def select(hidden: torch.Tensor) -> torch.Tensor:
-            at_candidate = hidden[:, -1]
-            asked = (~forced).nonzero()[:, 0]
-            accept = forced.clone()
-            if len(asked):
-                accept[asked] = decide(judge(at_candidate[asked]), threshold, sample)
-            state.update(hidden=at_candidate, asked=asked, accept=accept)
-            # The head runs where the next position's proposals are needed.
-            state["going"] = (accept & ~final).nonzero()[:, 0]
-            return hidden[state["going"]]
-
-        with HiddenTap(lm, select):
-            output = lm(
-                input_ids=token[:, None],
-                attention_mask=visible[:, :width],
-                position_ids=(prompt_lengths + length)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        accept, asked, going = state["accept"], state["asked"], state["going"]
-        counts[3, rows] += 1
-        counts[1, rows] += (~accept).long()
-        counts[0, rows] += accept.long()
-        counts[2, rows] += forced.long()
-        token_log_probs[rows] += torch.where(accept, log_prob, 0.0)
-        if output_rollout:
-            # A position's last decision accepts, or rejects all but the last candidate, which then is forced.
-            to_last = ~accept & (rank + 1 == last)
-            ending_log_prob = torch.where(to_last, candidates.log_probs.gather(-1, last[:, None])[:, 0], log_prob)
-            ends = (accept | to_last)[asked]
-            events.add(rows[asked], state["hidden"][asked], token[asked], accept[asked], ends, ending_log_prob[asked])
-
-        accepted = accept.nonzero()[:, 0]
-        rank = torch.where(accept, 0, rank + 1)
-        ended = torch.zeros_like(accept)
-        if len(accepted):
-            ended[accepted] = finished(accepted, token[accepted], final[accepted])
-        if len(going):
-            new = candidates_of(going, output.logits[:, -1])
-            candidates = Candidates(*(x.index_copy(0, going, y) for x, y in zip(candidates, new, strict=True)))
-        if ended.any():
-            keep = (~ended).nonzero()[:, 0]
-            if not len(keep):
-                break
-            cache.select_rows(keep)
-            rows, length, visible, prompt_lengths, rank = (
-                x[keep] for x in (rows, length, visible, prompt_lengths, rank)
-            )
-            candidates = Candidates(*(x[keep] for x in candidates))
-
+        loop.prefill(input_ids, attention_mask, repeats, keep_logits)
+    if output_rollout:
+        none = input_ids.new_zeros(0)
+        # An empty event, so that a batch without any decision has a record of the right shapes.
+        loop.events.append(Event(none, tap.hidden[:0, -1], none, none, none.bool(), none.float()))
+    while len(loop.active.rows):
+        loop.offer(judge, threshold, sample, keep_hidden=output_rollout)
     if streamer is not None:
         streamer.end()
-    tokens, rejections, forced, forwards = counts
-    decisions = Decisions(tokens, tokens + rejections, tokens - forced, forced, rejections, forwards)
-    rollout = None
-    if output_rollout:
-        rollout = events.rollout(batch, hidden_size, hidden_dtype, token_log_probs)
+    decisions = Decisions(
+        tokens=loop.tokens,
+        proposals=loop.tokens + loop.rejections,
+        accepts=loop.tokens - loop.forced,
+        forced=loop.forced,
+        rank_sum=loop.rejections,
+        lm_forwards=loop.forwards,
+    )
     return ProxyGenerateOutput(
-        sequences=sequences[:, : prompt_width + int(tokens.max())], decisions=decisions, rollout=rollout
+        sequences=loop.sequences[:, : loop.prompt_width + int(loop.tokens.max())],
+        decisions=decisions,
+        rollout=record_events(loop.events, loop.token_log_probs) if output_rollout else None,
     )

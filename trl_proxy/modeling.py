@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from .candidates import NUM_SCALARS, Candidates, candidate_scalars
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, PrefixGate, ProxyGenerateOutput, Rollout, candidate_decode, propose_for
+from .decoding import HiddenTap, PrefixGate, candidate_decode, propose_for
 from .gate import ProxyMLP, gated_log_probs
+from .rollout import ProxyGenerateOutput, Rollout, record_steps
 
 logger = logging.get_logger(__name__)
 
@@ -396,9 +397,8 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                     input_ids, generation_config, logits_processor=LogitsProcessorList([*processors, gate]), **options
                 )
             eos = _token_ids(kwargs, generation_config, self.generation_config)
-            decisions, rollout = gate.record(
-                output.sequences[:, input_ids.shape[1] :], torch.tensor(eos, device=output.sequences.device)
-            )
+            responses = output.sequences[:, input_ids.shape[1] :]
+            decisions, rollout = record_steps(gate.steps, responses, torch.tensor(eos, device=responses.device))
             output = ProxyGenerateOutput(**output, decisions=decisions, rollout=rollout)
         else:
             loop = functools.partial(

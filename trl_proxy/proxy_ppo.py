@@ -1,18 +1,49 @@
 """[`ProxyPPOTrainer`]: PPO on the gate (arXiv 2403.04283, section 3). The LM runs in the rollout alone."""
 
+import dataclasses
+import os
 import textwrap
 import time
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from trl.data_utils import is_conversational
 from trl.trainer.utils import pad
 
 from .actor_critic import ActorCriticTrainer
 from .config import WEIGHTS_NAME, ProxyPPOConfig, proxy_file
-from .decoding import Decisions, Rollout
 from .modeling import ProxyModelForCausalLM
+from .rollout import Decisions, Rollout
+
+_CARD = """---
+{metadata}
+---
+
+# {name}
+
+A proxy (Proxy-RLHF, [arXiv 2403.04283](https://huggingface.co/papers/2403.04283)) over the frozen language model
+`{base}`: it accepts or rejects the tokens that the LM proposes. The LM itself is not part of this repository and was
+not changed. The proxy has {trainable} parameters, {share} % of the LM's.
+
+```python
+from transformers import AutoModelForCausalLM
+from trl_proxy import ProxyModelForCausalLM
+
+lm = AutoModelForCausalLM.from_pretrained("{base}")
+model = ProxyModelForCausalLM.from_pretrained(lm, "this folder or repository")
+model.generate(**inputs, max_new_tokens=64)
+```
+
+It was trained by PPO with `trl-proxy`, on {dataset}, with the reward: {rewards}.
+
+{settings}
+
+```bibtex
+{citation}
+```
+"""
 
 # Decisions whose features are made and judged at once outside the update.
 _CHUNK = 8192
@@ -154,6 +185,10 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             features = model.rollout_features(rollout)
             judged = [model(gate_features=features[i : i + _CHUNK]) for i in range(0, max(len(features), 1), _CHUNK)]
         log_probs, _ = _bernoulli(torch.cat([x.accept_logits for x in judged]), rollout.accept[rollout.mask])
+        # KL(gated LM || LM) per token along the paths taken: log pi(token) - log p(token).
+        kl = torch.stack([log_probs.sum() - rollout.token_log_probs.sum(), output["completion_mask"].sum().float()])
+        kl = self.accelerator.reduce(kl, reduction="sum")
+        self._metrics["train" if self.model.training else "eval"]["kl"].append((kl[0] / kl[1]).item())
         batch = {
             "action_mask": rollout.mask,
             "action_log_probs": _unflatten(log_probs, rollout.mask),
@@ -161,8 +196,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             **{f"rollout_{name}": value for name, value in rollout._asdict().items()},
         }
         if self.args.beta:
-            # KL to the frozen LM, estimated along the path: log pi(token) - log p(token), summed over a position's
-            # decisions. Positions without a decision have nothing to learn from it.
+            # The same estimate as a penalty, at the decisions. Where none was taken there is nothing to learn from it.
             batch["step_rewards"] = self.args.beta * (rollout.lm_log_probs - batch["action_log_probs"]) * rollout.mask
         return batch
 
@@ -177,6 +211,35 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         return tuple(_unflatten(x, rollout.mask) for x in (log_probs, entropies, output.state_values))
 
     # Checkpoints hold the proxy alone
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """A card of what this is: not a fine-tuned model but a proxy over one."""
+        if not self.is_world_process_zero():
+            return
+        config = self.model.proxy_config
+        trainable, everything = self.model.get_nb_trainable_parameters()
+        base = config.base_model_name_or_path or type(self.model.lm).__name__
+        metadata = ModelCardData(
+            library_name="trl-proxy",
+            base_model=base if not os.path.exists(base) and "/" in base else None,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            datasets=[dataset_name] if dataset_name and "/" in dataset_name else None,
+            model_name=model_name,
+        )
+        text = _CARD.format(
+            metadata=metadata.to_yaml(),
+            name=model_name or "proxy",
+            base=base,
+            dataset=dataset_name or "the prompts given to the trainer",
+            rewards=", ".join(self.reward_func_names),
+            trainable=f"{trainable:,}",
+            share=f"{100 * trainable / everything:.2f}",
+            settings="\n".join(
+                f"- `{key}`: {value}" for key, value in dataclasses.asdict(config).items() if value is not None
+            ),
+            citation=self._paper["citation"],
+        )
+        ModelCard(text).save(os.path.join(self.args.output_dir, "README.md"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.accelerator.unwrap_model(self.model if model is None else model)
