@@ -64,8 +64,12 @@ def propose(
     token_ids, by_id = token_ids.sort(dim=-1)
     top, by_logit = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     token_ids = token_ids.gather(-1, by_logit)
-    # More ties at the top than K: `topk` may have left out the one that `argmax` takes.
-    token_ids[..., 0] = logits.argmax(dim=-1)
+    # More ties at the last place than there is room for: `topk` keeps any of them, the lower ids are wanted.
+    tied = (logits == top[..., -1:]).sum(-1) > (top == top[..., -1:]).sum(-1)
+    tied &= top[..., -1] > -torch.inf
+    if tied.any():
+        token_ids[tied] = logits[tied].argsort(dim=-1, descending=True, stable=True)[..., :k]
+    token_ids[..., 0] = logits.argmax(dim=-1)  # also where all tokens are banned
 
     if temperature != 1.0:
         logits, top = logits / temperature, top / temperature
@@ -89,8 +93,8 @@ def candidate_scalars(candidates: Candidates, positions: torch.Tensor) -> torch.
         positions: `(...)` int64, index in the sequence (padding not counted) at which the candidates would stand.
 
     Returns:
-        `(..., K, NUM_SCALARS)` float32: log-prob, its gap to the most probable candidate, rank, number of candidates, position;
-        each scaled to about one.
+        `(..., K, NUM_SCALARS)` float32: log-prob, its gap to the most probable candidate, rank, number of
+        candidates, position; each scaled to about one.
     """
     k = candidates.token_ids.shape[-1]
     log_probs = candidates.log_probs.clamp(min=-20.0)

@@ -87,8 +87,13 @@ class ProxyConfig:
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike, **hub_kwargs) -> "ProxyConfig":
         """Reads `proxy_config.json` from a folder or a hub repository; raises `ValueError` where there is none."""
-        with open(proxy_file(folder_or_id, CONFIG_NAME, **hub_kwargs), encoding="utf-8") as file:
-            values = json.load(file)
+        try:
+            with open(proxy_file(folder_or_id, CONFIG_NAME, **hub_kwargs), encoding="utf-8") as file:
+                values = json.load(file)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{CONFIG_NAME} of {folder_or_id} is no JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{CONFIG_NAME} of {folder_or_id} must be a JSON object, got {type(values).__name__}.")
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"{CONFIG_NAME} of {folder_or_id} has unknown keys: {', '.join(sorted(unknown))}.")
@@ -128,8 +133,8 @@ class PPOConfig(RLOOConfig):
     group_baseline: bool = field(
         default=True,
         metadata={
-            "help": "With several generations per prompt, count a response's reward from the mean of the prompt's other "
-            "responses: the critic need not learn which prompts are easy."
+            "help": "With several generations per prompt, count a response's reward from the mean of the prompt's "
+            "other responses: the critic need not learn which prompts are easy."
         },
     )
 
@@ -173,5 +178,8 @@ class ProxyPPOConfig(PPOConfig):
         super().__post_init__()
         if self.gradient_checkpointing:
             raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
+        if self.ddp_find_unused_parameters is None:
+            # Every update runs the gate and the critic; the LM is in neither.
+            self.ddp_find_unused_parameters = False
         if self.sync_ref_model:
             raise ValueError("`sync_ref_model=True` is not supported: the frozen LM is the reference; set it False.")

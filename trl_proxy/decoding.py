@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
@@ -75,7 +75,23 @@ class PrefixGate(LogitsProcessor):
         rank = accepted_rank(accept, candidates.mask)
         self.steps.append(Step(candidates, rank, hidden if self.keep_hidden else None, positions))
         chosen = candidates.token_ids.gather(-1, rank[:, None])
-        return scores.fill_(-torch.inf).scatter_(-1, chosen, 0.0)
+        # A new tensor: `output_logits` returns the one that came in.
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+
+class StopRecorder(StoppingCriteria):
+    """The caller's criteria, and which rows they ended at each step: afterwards a response cannot tell, since padding
+    may be the very token that was accepted."""
+
+    def __init__(self, criteria: list[StoppingCriteria]):
+        self.criteria, self.stopped = criteria, []
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for criterion in self.criteria:
+            done = done | criterion(input_ids, scores, **kwargs)
+        self.stopped.append(done)
+        return done
 
 
 class _RowLayer(CacheLayerMixin):
@@ -286,8 +302,13 @@ class _CandidateLoop:
     def _propose(self, rows: torch.Tensor, length: torch.Tensor, logits: torch.Tensor) -> Candidates:
         if self.processors:
             logits = logits.float()
-            logits = self._by_length(rows, length, lambda ids, group: self.processors(ids, logits[group]))
+            logits = self._by_length(rows, length, lambda ids, group: self._process(ids, logits[group], rows[group]))
         return propose_for(self.config, logits)
+
+    def _process(self, ids: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Processors may hold something per row of the batch (the repetition penalty does): they get all rows."""
+        everyone = scores.new_zeros(self.batch, scores.shape[-1]).index_copy_(0, rows, scores)
+        return self.processors(self.sequences[:, : ids.shape[1]], everyone)[rows]
 
     def _by_length(self, rows: torch.Tensor, length: torch.Tensor, call) -> torch.Tensor:
         """`call(ids, group)` on rows of equal length: processors and criteria know rectangular ids alone."""
@@ -335,7 +356,10 @@ def candidate_decode(
     Raises:
         `ValueError`: an LM with layers other than full attention.
     """
-    layers = set(getattr(lm.config.get_text_config(), "layer_types", None) or []) - {"full_attention"}
+    text_config = lm.config.get_text_config()
+    layers = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
+    if getattr(text_config, "sliding_window", None) and not getattr(text_config, "layer_types", None):
+        layers = {"sliding_attention"}
     if layers:
         raise ValueError(
             f"Candidate features need full attention in every layer, {type(lm).__name__} has "

@@ -7,6 +7,7 @@ up on the hub or on the disk, as usual.
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -68,7 +69,7 @@ def embedded_lm_path() -> Path:
             # Several processes may convert at once; the first to finish wins.
             if not folder.exists():
                 os.rename(part, folder)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except Exception as error:  # the GGUF reader raises whatever a damaged file makes it stumble on
             if not (folder / "config.json").is_file():
                 raise ValueError(
                     f"The embedded LM could not be read from {gguf.name} ({error}): run `pip install gguf` and "
@@ -121,7 +122,8 @@ def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | Non
 
     Args:
         name: `embedded`: conversational `prompt` and `kind` (`everyday` or `harm_adjacent`), made for this project. A
-            `.json` or `.jsonl` file, or a hub dataset: whatever its columns are.
+            `.json` or `.jsonl` file, or a hub dataset: whatever its columns are. Preference data without a `prompt`
+            (as `Anthropic/hh-rlhf`) has it taken from `chosen`.
         split: of the dataset; `embedded` has train, validation and test.
 
     Raises:
@@ -135,17 +137,33 @@ def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | Non
             lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}, remove_columns=["split"]
         )
     elif name.endswith((".json", ".jsonl")):
+        if not os.path.isfile(name):
+            raise ValueError(f"There is no dataset file {name}.")
         dataset = Dataset.from_json(name)
     else:
         dataset = load_dataset(name, split=split, revision=revision)
     if len(dataset) == 0:
         raise ValueError(f"The dataset {name} ({split}) is empty.")
+    if "prompt" not in dataset.column_names and "chosen" in dataset.column_names:
+        dataset = dataset.map(lambda row: {"prompt": _implicit_prompt(row["chosen"])}, remove_columns=["chosen"])
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"The dataset {name} has no `prompt` column, only {', '.join(dataset.column_names)}: rename the one that "
             "holds the prompts."
         )
     return dataset
+
+
+def _implicit_prompt(chosen: str | list[dict]) -> list[dict]:
+    """The conversation up to the assistant's last turn, from messages or from HH-RLHF's `\\n\\nHuman: ...` text."""
+    if not isinstance(chosen, str):
+        return chosen[:-1]
+    turns = re.split(r"\n\n(Human|Assistant):", chosen)
+    messages = [
+        {"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
+        for speaker, text in zip(turns[1::2], turns[2::2])
+    ]
+    return messages[:-1]
 
 
 def load_reward(name: str = EMBEDDED):

@@ -4,6 +4,8 @@ The gate is the policy of the Markov decision process of Proxy-RLHF (arXiv 2403.
 its environment. Everything else in the package only prepares its input or carries out its decisions.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,7 +27,7 @@ class ProxyMLP(nn.Module):
         self.part_sizes, self.num_scalars = list(part_sizes), num_scalars
         sizes = [sum(part_sizes) + num_scalars, *hidden_sizes]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         self.mlp = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
         nn.init.zeros_(self.mlp[-1].weight)
@@ -54,7 +56,8 @@ def gated_log_probs(accept_logits: torch.Tensor, mask: torch.Tensor) -> torch.Te
         `(..., K)` float32, -inf where `mask` is False. The probabilities of a position sum to one.
     """
     log_reject = F.logsigmoid(-accept_logits).masked_fill(~mask, 0.0)
-    reached = log_reject.cumsum(-1) - log_reject
+    # Not `cumsum - log_reject`: a large logit would cancel the small ones before it.
+    reached = F.pad(log_reject.cumsum(-1)[..., :-1], (1, 0))
     log_accept = F.logsigmoid(accept_logits).masked_fill(is_last(mask), 0.0)
     return (reached + log_accept).masked_fill(~mask, -torch.inf)
 

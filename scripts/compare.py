@@ -1,0 +1,366 @@
+"""Compares trained proxies with the plain LM and with best-of-n on the same prompts, batches and rewards.
+
+The embedded LM, reward and prompts, on two CPU cores:
+
+    python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \\
+        --proxies outputs/proxy-seed0 outputs/proxy-seed1 --output_dir outputs/compare
+
+Any causal LM, reward model and dataset of the hub, on a GPU:
+
+    python scripts/compare.py \\
+        --model_name_or_path Qwen/Qwen2.5-7B-Instruct --load_in_4bit --proxies outputs/qwen-proxy \\
+        --dataset_name trl-lib/ultrafeedback-prompt --split test \\
+        --reward_model_name_or_path Skywork/Skywork-Reward-V2-Qwen3-0.6B --gold_reward_model_name_or_path none \\
+        --best_of 2 4 8 16 32 --batch_size 64 --max_new_tokens 256 --output_dir outputs/compare-qwen
+
+Writes one record per method and seed under `<output_dir>/records`, and draws from all the records that are there the
+tables, `plots/`, `samples.md` and `report.md`. The same command again goes on where an interrupted run stopped:
+records that exist with the same settings are kept, so repeating a finished command only draws again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from trl import ModelConfig, TrlParser, get_quantization_config
+
+from baselines import best_of_n, sft
+from baselines.policy import ProxyPolicy
+from eval.harness import Run, evaluate_completions, evaluate_policy, prompts_sha256, read_records
+from eval.plots import draw_all, plot_training_curve
+from eval.report import print_tables, report_markdown, samples_markdown
+from eval.reward_model import load_callable_reward
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file
+from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
+
+METHODS = ("sft", "proxy", "best_of_n")
+TEMPERATURE = 1.0  # of best-of-n: samples of the LM's own distribution
+
+
+@dataclass
+class CompareArguments:
+    """What is compared, on what, and where the records go."""
+
+    proxies: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders of trained proxies. `folder:seed` says the training seed where run.json does not."},
+    )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "Of sft, proxy, best_of_n. sft is always evaluated: the others are measured against it."},
+    )
+    best_of: list[int] = field(
+        default_factory=lambda: [2, 4, 8], metadata={"help": "The n of best-of-n, all from the same samples."}
+    )
+    dataset_name: str = field(default=EMBEDDED, metadata={"help": "`embedded`, a JSON file or a hub dataset."})
+    split: str = field(default="test", metadata={"help": "Its split."})
+    num_prompts: int | None = field(
+        default=None, metadata={"help": "A fixed random choice of so many prompts; all of them by default."}
+    )
+    reward_model_name_or_path: str = field(
+        default=EMBEDDED,
+        metadata={"help": "`embedded`, `embedded:<side>`, the dotted path of a reward function, or a model id."},
+    )
+    gold_reward_model_name_or_path: str = field(
+        default=f"{EMBEDDED}:gold", metadata={"help": "A reward that no method was trained on; `none` for none."}
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest response."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts per batch, the same for every method."})
+    seed: int = field(default=0, metadata={"help": "Of best-of-n's samples. A proxy's seed is its training's."})
+    output_dir: str = field(default="outputs/compare", metadata={"help": "Where records, plots and report go."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the LM's own code of the hub."})
+    overwrite: bool = field(default=False, metadata={"help": "Evaluate again what has a record already."})
+
+    def __post_init__(self):
+        """Raises `ValueError` naming the argument, its value and what is allowed."""
+        if unknown := sorted(set(self.methods) - set(METHODS)):
+            raise ValueError(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown)}.")
+        if "proxy" in self.methods and not self.proxies:
+            raise ValueError(
+                "--proxies names no folder of a trained proxy: give one, or leave proxy out of --methods."
+            )
+        if "best_of_n" in self.methods and (not self.best_of or min(self.best_of) < 1):
+            raise ValueError(f"--best_of must name numbers of at least 1, got {self.best_of}.")
+        for name in ("max_new_tokens", "batch_size", "num_prompts"):
+            value = self.__dict__[name]
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class TrainedProxy:
+    """A trained proxy's folder (or hub repository) and what its training left there."""
+
+    folder: str
+    seed: int
+    variant: str
+    settings: dict  # fingerprints of its files
+    adapter_bytes: int
+    episodes: int | None
+    episodes_per_step: float | None
+    train_seconds: float | None
+    trainer_state: Path | None
+
+
+def make_parser() -> TrlParser:
+    return TrlParser((CompareArguments, ModelConfig), description=__doc__.partition("\n")[0])
+
+
+# What is to be evaluated
+
+
+def describe(config: ProxyConfig) -> str:
+    """A proxy's variant: its kind of features, and what differs from the default configuration."""
+    learnt = {"features", "hidden_size", "embedding_size", "base_model_name_or_path"}
+    defaults = dataclasses.asdict(ProxyConfig())
+    changed = {k: v for k, v in dataclasses.asdict(config).items() if k not in learnt and v != defaults[k]}
+    return ", ".join([config.features, *(f"{name}={value}" for name, value in changed.items())])
+
+
+def read_proxy(name: str) -> TrainedProxy:
+    """Reads a trained proxy's folder, without its weights.
+
+    Args:
+        name: folder or hub repository, `:<seed>` after it where the folder has no run.json.
+
+    Raises:
+        ValueError: if there is no proxy, or its training seed is not known.
+    """
+    folder, _, tail = name.rpartition(":")
+    folder, seed = (folder, int(tail)) if folder and tail.isdigit() else (name, None)
+    config = ProxyConfig.from_pretrained(folder)
+    weights = Path(proxy_file(folder, WEIGHTS_NAME))
+    # scripts/train_proxy.py leaves its settings in the output folder, beside the proxy or above a checkpoint
+    run = next((json.loads(p.read_text()) for f in (".", "..") if (p := Path(folder, f, "run.json")).is_file()), {})
+    if seed is None:
+        if "seed" not in run:
+            raise ValueError(
+                f"{folder} has no run.json of scripts/train_proxy.py: give its training seed, {folder}:0."
+            )
+        seed = run["seed"]
+    state_file = Path(folder, "trainer_state.json")
+    state = json.loads(state_file.read_text()) if state_file.is_file() else None
+    episodes_per_step = None
+    if run and state:
+        # A rollout of per_device_train_batch_size * steps_per_generation episodes serves steps_per_generation *
+        # num_iterations / gradient_accumulation_steps optimizer steps (of one process).
+        samples = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"]
+        episodes_per_step = samples / run["num_iterations"]
+    return TrainedProxy(
+        folder=folder,
+        seed=seed,
+        variant=describe(config),
+        settings={
+            "proxy_config_sha256": hashlib.sha256(Path(proxy_file(folder, CONFIG_NAME)).read_bytes()).hexdigest(),
+            "proxy_weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        },
+        adapter_bytes=weights.stat().st_size,
+        episodes=round(state["global_step"] * episodes_per_step) if episodes_per_step else None,
+        episodes_per_step=episodes_per_step,
+        train_seconds=next(
+            (e["train_runtime"] for e in (state or {}).get("log_history", []) if "train_runtime" in e), None
+        ),
+        trainer_state=state_file if state else None,
+    )
+
+
+def select_prompts(args: CompareArguments) -> Dataset:
+    """The prompts of the comparison, the same ones for every seed."""
+    prompts = load_prompts(args.dataset_name, args.split)
+    if args.num_prompts is None:
+        return prompts
+    if args.num_prompts > len(prompts):
+        raise ValueError(
+            f"--num_prompts is {args.num_prompts}, {args.dataset_name} ({args.split}) has {len(prompts)}."
+        )
+    return prompts.shuffle(seed=0).select(range(args.num_prompts))
+
+
+def plan(
+    args: CompareArguments, model_args: ModelConfig, proxies: list[TrainedProxy], prompts: Dataset
+) -> list[tuple[Run, TrainedProxy | int | None]]:
+    """Every evaluation with what it needs: a proxy, the n of best-of-n, or nothing.
+
+    Raises:
+        ValueError: if two of them would write the same record.
+    """
+    gold = args.gold_reward_model_name_or_path
+    common = {
+        "model": model_args.model_name_or_path or EMBEDDED,
+        "reward_model": args.reward_model_name_or_path,
+        "gold_reward_model": None if gold == "none" else gold,
+        "dataset": f"{args.dataset_name}/{args.split}@sha256:{prompts_sha256(prompts['prompt'][:])[:16]}",
+        "max_new_tokens": args.max_new_tokens,
+    }
+    settings = {
+        "batch_size": args.batch_size,
+        "dtype": model_args.dtype,
+        "model_revision": model_args.model_revision,
+        "load_in_4bit": model_args.load_in_4bit,
+        "load_in_8bit": model_args.load_in_8bit,
+    }
+    jobs = [(Run(method="sft", seed=args.seed, settings=settings, trainable_parameters=0, **common), None)]
+    if "proxy" in args.methods:
+        for proxy in proxies:
+            run = Run(
+                method="proxy",
+                variant=proxy.variant,
+                seed=proxy.seed,
+                settings={**settings, **proxy.settings},
+                adapter_bytes=proxy.adapter_bytes,
+                episodes=proxy.episodes,
+                train_seconds=proxy.train_seconds,
+                **common,
+            )
+            jobs.append((run, proxy))
+    if "best_of_n" in args.methods:
+        for n in sorted(set(args.best_of)):
+            sampling = {**settings, "temperature": TEMPERATURE}
+            run = Run(
+                method="best_of_n",
+                variant=f"n={n}",
+                seed=args.seed,
+                settings=sampling,
+                trainable_parameters=0,
+                **common,
+            )
+            jobs.append((run, n))
+    paths = [run.path(args.output_dir) for run, _ in jobs]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"Two proxies would write {twice}, being of one variant and seed: give their seeds as folder:seed, or "
+            "compare them under different --output_dir."
+        )
+    return jobs
+
+
+def existing_record(run: Run, output_dir: str) -> dict | None:
+    """The record of this very evaluation, None where there is none.
+
+    Raises:
+        ValueError: if there is one with other settings.
+    """
+    path = run.path(output_dir)
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    keys = ("model", "reward_model", "gold_reward_model", "dataset", "max_new_tokens")
+    before = {**{key: record.get(key) for key in keys}, **record.get("settings", {})}
+    now = {**{key: run.__dict__[key] for key in keys}, **run.settings}
+    if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        raise ValueError(
+            f"{path} was written with other settings (different: {', '.join(changed)}): choose another --output_dir, "
+            "or evaluate again with --overwrite."
+        )
+    return record
+
+
+# Evaluation
+
+
+def start(run: Run, **facts) -> Run:
+    """The run as it begins: with what only the loaded model tells, and the time."""
+    return dataclasses.replace(run, started_at="", **facts)
+
+
+def evaluate(
+    args: CompareArguments,
+    model_args: ModelConfig,
+    prompts: Dataset,
+    jobs: list[tuple[Run, TrainedProxy | int | None]],
+) -> None:
+    """Evaluates the jobs that have no record yet."""
+    records = [None if args.overwrite else existing_record(run, args.output_dir) for run, _ in jobs]
+    pending = [job for job, record in zip(jobs, records, strict=True) if record is None]
+    print(f"{len(jobs) - len(pending)} of {len(jobs)} records are there already, {len(pending)} to go.")
+    if not pending:
+        return
+    lm, tokenizer = load_lm(
+        model_args.model_name_or_path or EMBEDDED,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+    )
+    if torch.cuda.is_available() and get_quantization_config(model_args) is None:
+        lm.to("cuda")
+    first = jobs[0][0]
+    reward, gold_reward = (
+        load_callable_reward(name, batch_size=args.batch_size, device=lm.device)
+        for name in (first.reward_model, first.gold_reward_model)
+    )
+    shared = (prompts, reward, gold_reward, lm, tokenizer)
+    decoding = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    conversations = prompts["prompt"][:]
+    columns = {name: prompts[name][:] for name in prompts.column_names if name != "prompt"}
+
+    sft_policy = sft.train(lm, tokenizer, **decoding)
+    sft_policy.complete(conversations[:1])  # warm-up: the first forward repacks weights and must not count as slow
+    sft_record = records[0]
+    if sft_record is None:
+        run = start(first, total_parameters=lm.num_parameters())
+        sft_record = evaluate_policy(sft_policy, *shared, run=run, output_dir=args.output_dir, policy_lm=lm)
+        speed = sft_record["tokens_per_second"]
+    else:  # speeds are compared within one run only: the machine may have been busier when the record was made
+        completions = sft_policy.complete(conversations)
+        speed = sum(map(len, completions.token_ids)) / completions.seconds
+    results = {"output_dir": args.output_dir, "baseline_record": sft_record, "tokens_per_second_sft": speed}
+
+    for run, proxy in pending:
+        if run.method != "proxy":
+            continue
+        print(f"proxy ({run.variant}), seed {run.seed}: {proxy.folder}")
+        model = ProxyModelForCausalLM.from_pretrained(lm, proxy.folder)
+        trainable, total = model.get_nb_trainable_parameters()
+        run = start(run, trainable_parameters=trainable, total_parameters=total)
+        policy_lm = model if model.proxy_config.features == "prefix" else None
+        evaluate_policy(ProxyPolicy(model, tokenizer, **decoding), *shared, run=run, policy_lm=policy_lm, **results)
+
+    pending_n = [(run, n) for run, n in pending if run.method == "best_of_n"]
+    if pending_n:
+        pending_n = [(start(run, total_parameters=lm.num_parameters()), n) for run, n in pending_n]
+        largest = max(n for _, n in pending_n)
+        print(f"best-of-n: {largest} samples of every prompt")
+        policy = best_of_n.train(lm, tokenizer, reward, n=largest, temperature=TEMPERATURE, seed=args.seed, **decoding)
+        samples = policy.sample(conversations, **columns)
+        for run, n in pending_n:
+            evaluate_completions(best_of_n.best_of(samples, n), *shared, run=run, **results)
+
+
+def draw(output_dir: str, proxies: list[TrainedProxy]) -> None:
+    """Tables, plots, samples and report, from the records alone (and the training logs of the proxies)."""
+    records = read_records(output_dir)
+    paths = draw_all(records, output_dir)
+    curves = {f"{p.variant}, seed {p.seed}": p for p in proxies if p.trainer_state and p.episodes_per_step}
+    if curves:
+        curve = Path(output_dir, "plots", "training_curve")
+        paths.append(
+            plot_training_curve({k: (p.trainer_state, p.episodes_per_step) for k, p in curves.items()}, curve)
+        )
+    Path(output_dir, "samples.md").write_text(samples_markdown(records), encoding="utf-8")
+    Path(output_dir, "report.md").write_text(report_markdown(records, paths, output_dir), encoding="utf-8")
+    print_tables(records)
+    print(f"Report: {os.path.join(output_dir, 'report.md')}")
+
+
+def main(args: CompareArguments, model_args: ModelConfig) -> None:
+    """Checks everything that can be checked before a model is loaded, evaluates, draws."""
+    proxies = [read_proxy(name) for name in args.proxies] if "proxy" in args.methods else []
+    prompts = select_prompts(args)
+    evaluate(args, model_args, prompts, plan(args, model_args, proxies, prompts))
+    draw(args.output_dir, proxies)
+
+
+if __name__ == "__main__":
+    try:
+        main(*make_parser().parse_args_and_config())
+    except ValueError as error:
+        raise SystemExit(f"compare: {error}") from error

@@ -1,0 +1,167 @@
+"""Tests of `baselines.policy` and `baselines.sft`: one decoding path, the same batches, the same tokens."""
+
+import pytest
+import torch
+
+from baselines import sft
+from baselines.policy import (
+    ProxyPolicy,
+    cut_at_stop,
+    decode_texts,
+    encode_prompts,
+    generate_batches,
+    in_order,
+    score,
+    stop_ids,
+)
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy.rewards import to_text
+
+TEXTS = ["a longer prompt of many letters", "b", "some more", "one", "the last of the five"]
+CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS]
+
+
+def greedy_alone(lm, tokenizer, ids, max_new_tokens) -> list[int]:
+    """One prompt, no padding, transformers' own generate."""
+    output = lm.generate(torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False)
+    return output[0, len(ids) :].tolist()
+
+
+def test_prompts_are_encoded_as_trl_encodes_them(tiny_tokenizer):
+    encoded = encode_prompts(CONVERSATIONS, tiny_tokenizer)
+    template = "u:b<eos>a:"
+    assert encoded[1] == tiny_tokenizer(template)["input_ids"]
+    assert encode_prompts(TEXTS, tiny_tokenizer)[1] == tiny_tokenizer("b")["input_ids"]
+
+
+def test_cut_at_stop():
+    assert cut_at_stop([5, 2, 6, 2], [2]) == [5, 2]
+    assert cut_at_stop([5, 7, 6], [2, 7]) == [5, 7]
+    assert cut_at_stop([5, 6], [2]) == [5, 6]
+    assert cut_at_stop([2], [2]) == [2]
+
+
+def test_stop_ids_join_the_models_and_the_tokenizers(tiny_lm, tiny_tokenizer):
+    lm = tiny_lm()
+    assert stop_ids(lm, tiny_tokenizer) == [2]
+    lm.generation_config.eos_token_id = [9, 2]
+    assert stop_ids(lm, tiny_tokenizer) == [2, 9]
+    lm.generation_config.eos_token_id = None
+    assert stop_ids(lm, tiny_tokenizer) == [2]
+
+
+@pytest.mark.parametrize("prompts", [TEXTS, CONVERSATIONS], ids=["plain", "conversational"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_sft_equals_generate_on_each_prompt_alone(tiny_lm, tiny_tokenizer, prompts, batch_size):
+    lm = tiny_lm()
+    completions = sft.train(lm, tiny_tokenizer, batch_size=batch_size, max_new_tokens=12).complete(prompts)
+    expected = [greedy_alone(lm, tiny_tokenizer, ids, 12) for ids in encode_prompts(prompts, tiny_tokenizer)]
+    assert completions.token_ids == expected
+    assert completions.texts == tiny_tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert completions.lm_forwards == sum(map(len, expected))
+    assert completions.seconds > 0
+    assert completions.stats == {}
+
+
+def test_responses_end_with_eos_and_without_padding(tiny_lm, tiny_tokenizer):
+    lm = tiny_lm()
+    first = sft.train(lm, tiny_tokenizer, batch_size=8, max_new_tokens=12).complete(TEXTS)
+    lm.generation_config.eos_token_id = first.token_ids[0][3]  # now an answer ends early beside longer ones
+    stop = first.token_ids[0][3]
+    completions = sft.train(lm, tiny_tokenizer, batch_size=8, max_new_tokens=12).complete(TEXTS)
+    assert completions.token_ids == [cut_at_stop(ids, [2, stop]) for ids in first.token_ids]
+    assert len({len(ids) for ids in completions.token_ids}) > 1
+
+
+def test_batches_are_sorted_and_padded_on_the_left(tiny_lm, tiny_tokenizer):
+    lm, seen = tiny_lm(), []
+    lm.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    batches = list(
+        generate_batches(lm, tiny_tokenizer, TEXTS, batch_size=2, max_new_tokens=1, desc="", do_sample=False)
+    )
+    assert [indices for indices, _, _ in batches] == [[0, 4], [2, 3], [1]]  # longest first
+    assert seen[1].tolist() == [
+        tiny_tokenizer("some more")["input_ids"],
+        [tiny_tokenizer.pad_token_id] * 6 + tiny_tokenizer("one")["input_ids"],
+    ]
+
+
+def test_in_order():
+    assert in_order([([2, 0], [[20], [0]]), ([1], [[10]])]) == [[0], [10], [20]]
+
+
+@pytest.mark.parametrize("features", ["prefix", "candidate"])
+def test_an_untrained_proxy_answers_as_sft(tiny_lm, tiny_tokenizer, features):
+    lm = tiny_lm()
+    model = ProxyModelForCausalLM(lm, ProxyConfig(features=features))
+    plain = sft.train(lm, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
+    gated = ProxyPolicy(model, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
+    assert (gated.token_ids, gated.texts) == (plain.token_ids, plain.texts)
+    # With candidate features the last token is fed too: the gate judges it before it is accepted
+    assert gated.lm_forwards == plain.lm_forwards + (len(TEXTS) if features == "candidate" else 0)
+    assert gated.stats["accepted_rank_mean"] == 0.0
+    with model.disable_proxy():
+        disabled = sft.train(model, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
+    assert disabled.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("features", ["prefix", "candidate"])
+def test_proxy_statistics_equal_the_brute_force(tiny_lm, tiny_tokenizer, with_random_gate, brute_force, features):
+    config = ProxyConfig(features=features, p_t=0.02, max_candidates=4)
+    model = with_random_gate(tiny_lm(), config)
+    completions = ProxyPolicy(model, tiny_tokenizer, batch_size=2, max_new_tokens=8).complete(TEXTS)
+    rows = [
+        brute_force.decode(model, torch.tensor([ids]), torch.ones(1, len(ids)), 8)[0]
+        for ids in encode_prompts(TEXTS, tiny_tokenizer)
+    ]
+    assert completions.token_ids == [row.tokens for row in rows]
+    rejected = sum(not decision.accept for row in rows for decision in row.decisions)
+    decided = sum(len(row.decisions) for row in rows)
+    assert 0 < rejected < decided
+    assert completions.stats["reject_rate"] == pytest.approx(rejected / decided)
+    tokens = sum(len(row.tokens) for row in rows)
+    assert completions.stats["accepted_rank_mean"] == pytest.approx(rejected / tokens)
+    assert completions.lm_forwards == sum(row.lm_forwards for row in rows)
+
+
+def test_a_proxy_without_decisions_has_no_reject_rate(tiny_lm, tiny_tokenizer):
+    model = ProxyModelForCausalLM(tiny_lm(), ProxyConfig(max_candidates=1))
+    stats = ProxyPolicy(model, tiny_tokenizer, batch_size=2, max_new_tokens=3).complete(TEXTS).stats
+    assert stats == {"reject_rate": None, "accepted_rank_mean": 0.0}
+
+
+def test_sampled_decisions_follow_the_seed(tiny_lm, tiny_tokenizer, with_random_gate):
+    model = with_random_gate(tiny_lm(), ProxyConfig(p_t=0.02), scale=0.5)
+    complete = lambda seed: (  # noqa: E731
+        ProxyPolicy(model, tiny_tokenizer, batch_size=2, max_new_tokens=8, gate_sample=True, seed=seed)
+        .complete(TEXTS)
+        .token_ids
+    )
+    assert complete(0) == complete(0)
+    assert complete(0) != complete(1)
+
+
+def test_score_follows_trls_convention():
+    seen = {}
+
+    def reward(prompts, completions, **columns):
+        seen.update(prompts=prompts, completions=completions, columns=columns)
+        return [float(len(to_text(completion, "assistant"))) for completion in completions]
+
+    assert score(reward, CONVERSATIONS[:2], ["ab", ""], kind=["x", "y"]) == [2.0, 0.0]
+    assert seen["completions"] == [[{"role": "assistant", "content": "ab"}], [{"role": "assistant", "content": ""}]]
+    assert seen["columns"] == {"kind": ["x", "y"]}
+    assert score(reward, TEXTS[:2], ["ab", ""]) == [2.0, 0.0]
+    assert seen["completions"] == ["ab", ""]
+
+
+def test_score_wants_a_number_for_every_response():
+    def short(prompts, completions, **columns):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="'short' returned 1 rewards, but 2 were expected"):
+        score(short, TEXTS[:2], ["a", "b"])
+
+
+def test_decode_texts_leaves_special_tokens_out(tiny_tokenizer):
+    assert decode_texts(tiny_tokenizer, [[*tiny_tokenizer("hi")["input_ids"], 2], [2]]) == ["hi", ""]

@@ -1,0 +1,165 @@
+"""Fixtures that all tests share: one thread, fixed seeds, tiny language models and a tokenizer built in memory."""
+
+import functools
+import importlib.util
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.utils import logging
+
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+
+VOCAB_SIZE = 96  # <pad>, <bos>, <eos>, <unk> and 92 printable characters
+PAD, BOS, EOS = 0, 1, 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+logging.set_verbosity_error()
+torch.set_num_threads(1)
+# The same examples on every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.register_profile("explore", derandomize=False, deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every test starts from the same state of every generator."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@functools.cache
+def _config(kind: str, tie: bool):
+    shared = {
+        "vocab_size": VOCAB_SIZE,
+        # Large, so that the outputs of an untrained model vary.
+        "initializer_range": 0.25,
+        "tie_word_embeddings": tie,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    if kind == "gpt2":
+        return GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared
+        )
+    shared |= {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    # `mistral`: attends to the last 6 tokens alone.
+    return {
+        "llama": lambda: LlamaConfig(**shared),
+        "qwen2": lambda: Qwen2Config(**shared),
+        "mistral": lambda: MistralConfig(sliding_window=6, **shared),
+    }[kind]()
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """`tiny_lm(kind, tie=True, attn="sdpa", seed=0, dtype=torch.float32)`: a new random LM of hidden size 64, with 2
+    layers, 96 tokens and 256 positions; `kind` is llama (grouped heads), gpt2, qwen2 or mistral (sliding window)."""
+
+    def build(kind: str = "llama", tie: bool = True, attn: str = "sdpa", seed: int = 0, dtype=torch.float32):
+        torch.manual_seed(seed)
+        config = type(_config(kind, tie)).from_dict(_config(kind, tie).to_dict())
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attn).to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, with pad, bos, eos and a chat template; made for the 96 tokens of `tiny_lm`."""
+    characters = [chr(c) for c in range(32, 127) if chr(c) not in "`|~"]
+    vocab = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *characters])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def ragged_batch():
+    """`ragged_batch(lengths, seed=0)`: left-padded random prompts, `{"input_ids", "attention_mask"}`."""
+
+    def build(lengths, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.full((len(lengths), max(lengths)), PAD)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, length in enumerate(lengths):
+            input_ids[row, max(lengths) - length :] = torch.randint(4, VOCAB_SIZE, (length,), generator=generator)
+            attention_mask[row, max(lengths) - length :] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def with_random_gate():
+    """`with_random_gate(lm, config, scale=3.0, bias=0.0, seed=0)`: a gate (one hidden layer of even width) whose
+    logits spread by about `scale` around `bias`, so that it both accepts and rejects."""
+
+    def build(lm, config: ProxyConfig, scale: float = 3.0, bias: float = 0.0, seed: int = 0) -> ProxyModelForCausalLM:
+        model = ProxyModelForCausalLM(lm, config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for network in (model.gate, model.critic):
+                first, _, last = network.mlp
+                half, size = first.out_features // 2, first.in_features
+                # Units in pairs of opposite sign: without them all logits share one offset far from `bias`.
+                weight = torch.randn(half, size, generator=generator) * (2 / size) ** 0.5
+                first.weight.copy_(torch.cat([weight, -weight]))
+                first.bias.copy_(0.1 * torch.randn(2 * half, generator=generator))
+                weight = torch.randn(half, generator=generator) * scale / (2 * half) ** 0.5
+                last.weight.copy_(torch.cat([weight, -weight])[None])
+                last.bias.fill_(bias)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def brute_force():
+    """The module `brute_force.py` beside this file (pytest's importlib mode has no imports between tests)."""
+    spec = importlib.util.spec_from_file_location("brute_force", Path(__file__).parent / "brute_force.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,66 @@
+"""Records made from given rewards, for everything that is drawn from records alone."""
+
+from dataclasses import asdict
+
+import pytest
+
+from eval.harness import Record, summarise
+from eval.stats import win_rate
+
+KINDS = ["everyday", "everyday", "harm_adjacent", "harm_adjacent"]
+
+
+@pytest.fixture(scope="session")
+def make_record():
+    """`make_record(method, rewards, sft=None, variant=None, seed=0, **overrides)`: a record as the harness writes it,
+    four prompts, the first two everyday."""
+
+    def build(method, rewards, sft=None, variant=None, seed=0, responses=None, **overrides) -> dict:
+        responses = responses or [f"answer {i}" for i in range(len(rewards))]
+        by_kind = {}
+        for kind in sorted(set(KINDS)):
+            rows = [i for i, k in enumerate(KINDS) if k == kind]
+            pick = lambda values, rows=rows: [values[i] for i in rows]  # noqa: E731
+            baseline = None if sft is None else {"rewards": pick(sft["rewards"]), "gold_rewards": None}
+            by_kind[kind] = {"n_prompts": 2, **summarise(pick(rewards), None, pick(responses), baseline)}
+        wins = None if sft is None else win_rate(rewards, sft["rewards"])
+        fields = {
+            "method": method,
+            "variant": variant,
+            "seed": seed,
+            "model": "tiny",
+            "reward_model": "length",
+            "dataset": "four",
+            "max_new_tokens": 8,
+            "trainable_parameters": 1000,
+            "total_parameters": 100_000,
+            "n_prompts": len(rewards),
+            **summarise(rewards, None, responses, sft),
+            "win_rate_vs_sft": None if wins is None else wins.rate,
+            "win_rate_ci95": None if wins is None else wins.ci95,
+            "tie_rate": None if wins is None else wins.tie_rate,
+            "judge": None,
+            "by_kind": by_kind,
+            "lm_logprob_per_token": -1.0,
+            "kl_to_lm": None,
+            "response_tokens_mean": 4.0,
+            "distinct_2": 0.5,
+            "lm_forwards_per_token": 1.0,
+            "tokens_per_second": 50.0,
+            "tokens_per_second_sft": 100.0,
+            "reject_rate": None,
+            "accepted_rank_mean": None,
+            "rewards": rewards,
+            "responses": responses,
+            "prompts_sha256": "0" * 64,
+            "versions": {"torch": "2"},
+            "git_commit": None,
+            "command": "python scripts/compare.py",
+            "top_4gram_share": None,
+            "gold_rewards": None,
+            "kinds": KINDS,
+            "prompts": [f"question {i}" for i in range(len(rewards))],
+        }
+        return asdict(Record(**{**fields, **overrides}))
+
+    return build

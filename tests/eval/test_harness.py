@@ -1,0 +1,222 @@
+"""Tests of `eval.harness`: the record, key by key, from responses whose rewards are known."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from baselines.policy import Completions, encode_prompts
+from baselines.sft import SFTPolicy
+from eval.harness import Record, Run, evaluate_completions, evaluate_policy, git_commit, prompts_sha256, read_records
+from eval.likelihood import response_logprobs
+from eval.stats import mean_ci, rate_ci
+from trl_proxy.rewards import to_text
+
+# The contract: what every reader of records may count on, in the words of the design
+CONTRACT = [
+    *("method", "variant", "seed", "model", "reward_model", "dataset", "n_prompts", "max_new_tokens"),
+    *(
+        "trainable_parameters",
+        "total_parameters",
+        "adapter_bytes",
+        "episodes",
+        "train_seconds",
+        "train_peak_memory_mb",
+    ),
+    *("reward_mean", "reward_ci95", "delta_vs_sft", "delta_ci95", "gold_reward_mean", "gold_reward_ci95"),
+    *("gold_delta_vs_sft", "win_rate_vs_sft", "win_rate_ci95", "tie_rate", "judge", "by_kind", "lm_logprob_per_token"),
+    *("kl_to_lm", "response_tokens_mean", "distinct_2", "lm_forwards_per_token", "tokens_per_second"),
+    *("tokens_per_second_sft", "reject_rate", "accepted_rank_mean", "rewards", "responses", "prompts_sha256"),
+    *("versions", "git_commit", "command", "started_at"),
+]
+KIND_CONTRACT = ["n_prompts", "reward_mean", "delta_vs_sft", "delta_ci95", "gold_delta_vs_sft", "refusal_rate"]
+
+PROMPTS = Dataset.from_list(
+    [
+        {"prompt": [{"role": "user", "content": text}], "kind": kind}
+        for text, kind in [("a", "everyday"), ("bb", "harm_adjacent"), ("ccc", "everyday"), ("dddd", "harm_adjacent")]
+    ]
+)
+
+
+def length(prompts, completions, **columns):
+    """Characters of the response; it also sees the dataset's columns."""
+    assert columns["kind"] == PROMPTS["kind"][:]
+    return [float(len(to_text(completion, "assistant"))) for completion in completions]
+
+
+def vowels(prompts, completions, **columns):
+    return [sum(c in "aeiou" for c in to_text(completion, "assistant")) / 10 for completion in completions]
+
+
+class Fixed:
+    """A policy that answers what it is told to, two seconds after."""
+
+    def __init__(self, tokenizer, texts, **stats):
+        self.tokenizer, self.texts, self.stats = tokenizer, texts, stats
+
+    def complete(self, prompts):
+        ids = [self.tokenizer(text)["input_ids"] for text in self.texts]
+        return Completions(self.texts, ids, seconds=2.0, lm_forwards=3 * sum(map(len, ids)), stats=self.stats)
+
+
+def run(method, **kwargs):
+    return Run(method=method, seed=3, model="tiny", reward_model="length", dataset="four", max_new_tokens=8, **kwargs)
+
+
+@pytest.fixture
+def evaluate(tiny_lm, tiny_tokenizer, tmp_path):
+    lm = tiny_lm()
+
+    def evaluate(texts, method="sft", baseline=None, gold=vowels, kwargs=None, **stats):
+        return evaluate_policy(
+            Fixed(tiny_tokenizer, texts, **stats),
+            PROMPTS,
+            length,
+            gold,
+            lm,
+            tiny_tokenizer,
+            run=run(method, variant=None if method == "sft" else "n=2"),
+            output_dir=tmp_path,
+            baseline_record=baseline,
+            **(kwargs or {}),
+        )
+
+    return evaluate
+
+
+SFT = ["ab", "abcd", "abc", "I cannot."]
+OTHER = ["ab", "abcdef", "I can't do it", "abcdefg"]
+
+
+def test_the_record_has_every_key_of_the_contract(evaluate):
+    record = evaluate(SFT)
+    assert set(CONTRACT) <= record.keys()
+    assert all(set(KIND_CONTRACT) <= kind.keys() for kind in record["by_kind"].values())
+    assert list(record) == list(Record.__dataclass_fields__)
+
+
+def test_a_forgotten_key_fails_at_once(evaluate):
+    record = evaluate(SFT)
+    del record["tie_rate"]
+    with pytest.raises(TypeError, match="tie_rate"):
+        Record(**record)
+
+
+def test_sft_record(evaluate):
+    record = evaluate(SFT)
+    assert record["rewards"] == [2, 4, 3, 9]
+    assert record["reward_mean"] == 4.5
+    assert record["reward_ci95"] == mean_ci([2, 4, 3, 9])
+    assert record["gold_rewards"] == [0.1, 0.1, 0.1, 0.2]
+    not_applicable = ("delta_vs_sft", "delta_ci95", "gold_delta_vs_sft", "win_rate_vs_sft", "win_rate_ci95", "judge")
+    assert all(record[key] is None for key in not_applicable)
+    assert record["tokens_per_second"] == record["tokens_per_second_sft"] == 18 / 2  # a token per character
+    assert record["lm_forwards_per_token"] == 3.0
+    assert record["response_tokens_mean"] == 18 / 4
+    assert {kind: values["refusal_rate"] for kind, values in record["by_kind"].items()} == {
+        "everyday": 0.0,
+        "harm_adjacent": 0.5,
+    }
+    assert record["prompts"] == ["a", "bb", "ccc", "dddd"]
+    assert record["prompts_sha256"] == prompts_sha256(PROMPTS["prompt"][:])
+    assert record["versions"].keys() >= {"python", "torch", "transformers", "trl"}
+    assert record["started_at"].endswith("Z")
+
+
+def test_another_method_is_paired_with_sft(evaluate):
+    sft = evaluate(SFT)
+    record = evaluate(OTHER, "best_of_n", sft, kwargs={"tokens_per_second_sft": 20.0}, reject_rate=0.25)
+    deltas = [0, 2, 10, -2]  # rewards 2, 6, 13, 7
+    assert record["delta_vs_sft"] == np.mean(deltas)
+    assert record["delta_ci95"] == mean_ci(deltas)
+    assert (record["win_rate_vs_sft"], record["tie_rate"]) == (0.625, 0.25)
+    assert record["win_rate_ci95"] == rate_ci(2.5, 4)
+    assert record["judge"] == "reward length"
+    assert record["gold_delta_vs_sft"] == pytest.approx(np.mean([0.0, 0.1, 0.2, 0.0]))
+    everyday = record["by_kind"]["everyday"]
+    assert (everyday["n_prompts"], everyday["reward_mean"], everyday["delta_vs_sft"]) == (2, 7.5, 5.0)
+    assert everyday["delta_ci95"] == mean_ci([0, 10])
+    assert everyday["refusal_rate"] == 0.5
+    assert record["by_kind"]["harm_adjacent"]["delta_vs_sft"] == 0.0
+    assert (record["tokens_per_second_sft"], record["reject_rate"], record["accepted_rank_mean"]) == (20.0, 0.25, None)
+
+
+def test_without_a_gold_reward_its_keys_are_null(evaluate):
+    record = evaluate(OTHER, "best_of_n", evaluate(SFT, gold=None), gold=None)
+    assert [record[key] for key in record if key.startswith("gold")] == [None] * 6
+    assert record["by_kind"]["everyday"]["gold_delta_vs_sft"] is None
+    # a gold reward that SFT was not judged by pairs with nothing
+    assert evaluate(OTHER, "best_of_n", evaluate(SFT, gold=None))["gold_delta_vs_sft"] is None
+
+
+def test_lm_logprob_is_per_token(evaluate, tiny_lm, tiny_tokenizer):
+    record = evaluate(SFT, kwargs={"batch_size": 1})
+    responses = [tiny_tokenizer(text)["input_ids"] for text in SFT]
+    logprobs = response_logprobs(tiny_lm(), encode_prompts(PROMPTS["prompt"][:], tiny_tokenizer), responses)
+    assert record["lm_logprob_per_token"] == pytest.approx(sum(logprobs) / 18, abs=1e-5)
+    assert record["kl_to_lm"] is None
+
+
+def test_kl_of_the_lm_itself_is_zero(tiny_lm, tiny_tokenizer, tmp_path):
+    lm = tiny_lm()
+    policy = SFTPolicy(lm, tiny_tokenizer, batch_size=2, max_new_tokens=8)
+    arguments = (policy, PROMPTS, length, None, lm, tiny_tokenizer)
+    record = evaluate_policy(*arguments, run=run("sft"), output_dir=tmp_path, policy_lm=lm)
+    assert (record["kl_to_lm"], record["lm_forwards_per_token"]) == (0.0, 1.0)
+
+
+def test_records_are_written_whole_and_read_back(evaluate, tmp_path):
+    sft, other = evaluate(SFT), evaluate(OTHER, "best_of_n")
+    files = sorted(path.name for path in (tmp_path / "records").iterdir())
+    assert files == ["best_of_n-n=2-seed3.json", "sft-seed3.json"]  # and no temporary file
+    assert read_records(tmp_path) == json.loads(json.dumps([other, sft]))
+
+
+def test_a_record_without_a_key_is_refused(evaluate, tmp_path):
+    record = evaluate(SFT)
+    del record["judge"], record["kinds"]
+    (tmp_path / "records" / "sft-seed3.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"sft-seed3.json lacks \['judge', 'kinds'\]"):
+        read_records(tmp_path)
+
+
+def test_no_records(tmp_path):
+    with pytest.raises(ValueError, match=r"no records under .*run scripts/compare.py first"):
+        read_records(tmp_path)
+
+
+def test_another_baseline_is_refused(evaluate):
+    sft = evaluate(SFT)
+    with pytest.raises(ValueError, match="baseline_record has other prompts"):
+        evaluate(OTHER, "proxy", {**sft, "prompts_sha256": "f" * 64})
+
+
+def test_a_reward_that_is_no_number_is_refused(tiny_lm, tiny_tokenizer, tmp_path):
+    def broken(prompts, completions, **columns):
+        return [1.0, None, 2.0, 3.0]
+
+    completions = Fixed(tiny_tokenizer, SFT).complete(None)
+    with pytest.raises(ValueError, match=r"'broken' returned None .* 'bb'"):
+        evaluate_completions(
+            completions, PROMPTS, broken, None, tiny_lm(), tiny_tokenizer, run=run("sft"), output_dir=tmp_path
+        )
+    assert not (tmp_path / "records").exists()
+
+
+def test_paths_are_safe_and_differ_by_variant(tmp_path):
+    paths = [
+        run("proxy", variant=variant).path(tmp_path).name for variant in (None, "prefix", "prefix, p_t=0.1", "a/b")
+    ]
+    assert paths == [
+        "proxy-seed3.json",
+        "proxy-prefix-seed3.json",
+        "proxy-prefix_p_t=0.1-seed3.json",
+        "proxy-a_b-seed3.json",
+    ]
+
+
+def test_git_commit_outside_git_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.harness.__file__", str(tmp_path / "eval" / "harness.py"))
+    assert git_commit() is None

@@ -1,0 +1,131 @@
+"""Tests of `eval.report`: cells, order and escaping, from records alone."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from eval.report import (
+    delta_over_seeds,
+    escape,
+    find_sft,
+    group_records,
+    label,
+    markdown_table,
+    print_tables,
+    report_markdown,
+    samples_markdown,
+    tables,
+)
+from eval.stats import mean_ci, seeds_mean_ci
+
+
+@pytest.fixture
+def records(make_record):
+    sft = make_record("sft", [0.0, 1.0, 2.0, 3.0], trainable_parameters=0, tokens_per_second_sft=50.0)
+    return [
+        make_record("best_of_n", [1.0, 1.0, 2.0, 5.0], sft, variant="n=16"),
+        make_record("best_of_n", [0.5, 1.0, 2.0, 3.5], sft, variant="n=2"),
+        make_record("proxy", [1.0, 2.0, 2.0, 2.0], sft, variant="prefix", seed=0),
+        make_record("proxy", [2.0, 3.0, 4.0, 4.0], sft, variant="prefix", seed=1),
+        sft,
+    ]
+
+
+def test_groups_put_sft_first_and_n_in_its_order(records):
+    groups = group_records(records)
+    assert list(groups) == ["sft", "best_of_n (n=2)", "best_of_n (n=16)", "proxy (prefix)"]
+    assert [record["seed"] for record in groups["proxy (prefix)"]] == [0, 1]
+
+
+def test_records_over_other_prompts_are_refused(records, make_record):
+    other = make_record("proxy", [0.0] * 4, prompts_sha256="1" * 64)
+    with pytest.raises(ValueError, match="over different prompts"):
+        group_records([*records, other])
+
+
+def test_delta_over_seeds(records):
+    sft, proxies = find_sft(records), [r for r in records if r["method"] == "proxy"]
+    mean, interval = delta_over_seeds(proxies, sft)
+    assert mean == np.mean([[1, 1, 0, -1], [2, 2, 2, 1]])
+    assert interval == seeds_mean_ci([[1, 1, 0, -1], [2, 2, 2, 1]])
+    assert delta_over_seeds(proxies, sft, "everyday") == (1.5, seeds_mean_ci([[1, 1], [2, 2]]))
+    assert delta_over_seeds(proxies[:1], sft) == (0.25, mean_ci([1, 1, 0, -1]))
+    assert delta_over_seeds([sft], sft) is None
+    assert delta_over_seeds(proxies, None) is None
+
+
+def test_table_cells(records):
+    (gains, gain_rows), (costs, cost_rows) = tables(records)
+    assert gains == ["method", "seeds", "reward", "Δ vs SFT", "win rate", "Δ everyday", "Δ harm-adjacent", "gold Δ"]
+    assert gain_rows[0] == ["sft", "1", "1.50", "n/a", "n/a", "n/a", "n/a", "n/a"]
+    low, high = mean_ci([0.5, 0, 0, 0.5])
+    best_of_2 = gain_rows[1]
+    assert best_of_2[:4] == ["best_of_n (n=2)", "1", "1.75", f"+0.25 [{low:+.2f}, {high:+.2f}]"]
+    assert best_of_2[4].startswith("0.75 [0.30, 0.95]")  # 2 wins and 2 ties of 4: Wilson
+    assert best_of_2[5:7] == ["+0.25", "+0.25"]
+    assert gain_rows[3][:3] == ["proxy (prefix)", "2", "2.50"]
+    assert gain_rows[3][5:7] == ["+1.50", "+0.50"]
+    assert costs[1:4] == ["trainable", "refusals everyday", "refusals harm-adjacent"]
+    assert cost_rows[0] == ["sft", "0", "0%", "0%", "-1.00", "1.00", "1.00"]
+    assert cost_rows[3] == ["proxy (prefix)", "1,000 (1.00%)", "0%", "0%", "-1.00", "1.00", "0.50"]
+
+
+def test_tables_without_sft_and_without_kinds(make_record):
+    record = make_record("proxy", [1.0, 2.0, 1.0, 2.0], kinds=None, by_kind={}, tokens_per_second_sft=None)
+    (gains, gain_rows), (costs, cost_rows) = tables([record])
+    assert gain_rows == [["proxy", "1", "1.50", "n/a", "n/a", "n/a"]]
+    assert costs[2] == "refusals all"
+    assert cost_rows[0][-1] == "n/a"
+    assert len(gains) == len(gain_rows[0])
+
+
+def test_the_terminal_shows_every_cell(records):
+    buffer = io.StringIO()
+    print_tables(records, Console(file=buffer, width=140))
+    shown = buffer.getvalue()
+    for _, rows in tables(records):
+        for cell in {cell for row in rows for cell in row}:
+            assert cell in shown
+
+
+def test_markdown_table():
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_escape_keeps_a_cell_one_cell():
+    text = "a | b\nc <script>*x*</script> [y](z) `w` & $m$"
+    escaped = escape(text)
+    assert "\n" not in escaped
+    assert not re.search(r"(?<!\\)[|*\[\]`$]", escaped)
+    assert "<script>" not in escaped
+    assert escape("a\r\nb\rc") == "a<br>b<br>c"
+    assert escape("plain text, it's all.") == "plain text, it's all."
+
+
+def test_samples_show_all_methods_and_the_largest_losses(records):
+    samples = samples_markdown(records, per_kind=1, worst=1)
+    assert "## Everyday prompts: the first 1" in samples
+    assert samples.count("**question 0**") == 1
+    assert "losses of best_of_n" not in samples  # they never lose
+    assert "## Largest losses of proxy (prefix) against SFT" in samples
+    last = samples.split("## Largest losses of proxy (prefix) against SFT")[1]
+    assert "**question 3**" in last
+    assert "| proxy (prefix) | 2.00 | answer 3 |" in last  # the first seed's
+    assert [line.split(" | ")[0] for line in last.splitlines() if "answer" in line] == [
+        f"| {name}" for name in group_records(records)
+    ]
+
+
+def test_report_links_what_it_stands_beside(records, tmp_path):
+    report = report_markdown(records, [tmp_path / "plots" / "gains.png"], tmp_path)
+    assert "![gains](plots/gains.png)" in report
+    assert "- command: `python scripts/compare.py`" in report
+    for headers, rows in tables(records):
+        assert markdown_table(headers, rows) in report
+
+
+def test_label(records):
+    assert [label(record) for record in records[-2:]] == ["proxy (prefix)", "sft"]

@@ -1,0 +1,254 @@
+"""Tests of `scripts/compare.py`: a whole comparison of tiny models on disk, resuming, and its error messages."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from trl import ModelConfig
+
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+REWARD = """
+def length(prompts, completions, **columns):
+    assert set(columns) == {"kind"}
+    return [len(c[0]["content"]) + c[0]["content"].count("a") / 7 for c in completions]
+
+def vowels(prompts, completions, **columns):
+    return [float(sum(x in "aeiou" for x in c[0]["content"])) for c in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def compare():
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_lm, tiny_tokenizer, with_random_gate):
+    """An LM, two trained proxies, prompts and rewards on disk."""
+    folder = tmp_path_factory.mktemp("compare")
+    lm = tiny_lm()
+    lm.save_pretrained(folder / "lm")
+    tiny_tokenizer.save_pretrained(folder / "lm")
+    with_random_gate(lm, ProxyConfig(p_t=0.02)).save_pretrained(folder / "prefix")
+    with_random_gate(lm, ProxyConfig(p_t=0.02, features="candidate")).save_pretrained(folder / "candidate")
+    for name, seed in (("prefix", 5), ("candidate", 6)):
+        run = {"seed": seed, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_iterations": 4}
+        history = [{"step": step, "reward": 0.1 * step} for step in (1, 2, 3)] + [{"step": 3, "train_runtime": 7.5}]
+        (folder / name / "run.json").write_text(json.dumps(run))
+        (folder / name / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": history}))
+    rows = [
+        {"prompt": [{"role": "user", "content": "x" * (i + 1)}], "kind": ["everyday", "harm_adjacent"][i % 2]}
+        for i in range(6)
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "tiny_rewards.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture
+def run(compare, folder, tmp_path, monkeypatch):
+    """Runs the script with the arguments of a small comparison, overridden; returns its records by file name."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script puts the working directory there
+
+    def run(**overrides) -> dict[str, dict]:
+        arguments = {
+            "model_name_or_path": folder / "lm",
+            "proxies": [folder / "prefix", folder / "candidate"],
+            "dataset_name": folder / "prompts.jsonl",
+            "reward_model_name_or_path": "tiny_rewards.length",
+            "gold_reward_model_name_or_path": "tiny_rewards.vowels",
+            "best_of": [1, 2],
+            "max_new_tokens": 6,
+            "batch_size": 4,
+            "output_dir": tmp_path,
+            **overrides,
+        }
+        argv = []
+        for key, value in arguments.items():
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            argv += [f"--{key}", *map(str, values)] if value != [] else []
+        compare.main(*compare.make_parser().parse_args_and_config(argv))
+        return {
+            p.stem: json.loads(p.read_text()) for p in sorted((Path(arguments["output_dir"]) / "records").iterdir())
+        }
+
+    return run
+
+
+@pytest.fixture
+def no_model(compare, monkeypatch):
+    """Fails where a model would be loaded."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(compare, "load_lm", fail)
+    monkeypatch.setattr(compare, "load_callable_reward", fail)
+
+
+def test_a_whole_comparison(run, tmp_path, capsys):
+    records = run()
+    assert list(records) == [
+        "best_of_n-n=1-seed0",
+        "best_of_n-n=2-seed0",
+        "proxy-candidate_p_t=0.02-seed6",
+        "proxy-prefix_p_t=0.02-seed5",
+        "sft-seed0",
+    ]
+    sft, proxy = records["sft-seed0"], records["proxy-prefix_p_t=0.02-seed5"]
+    assert [len(record["responses"]) for record in records.values()] == [6] * 5
+    deltas = [a - b for a, b in zip(proxy["rewards"], sft["rewards"], strict=True)]
+    assert proxy["delta_vs_sft"] == pytest.approx(sum(deltas) / 6)
+    assert {kind: values["n_prompts"] for kind, values in proxy["by_kind"].items()} == {
+        "everyday": 3,
+        "harm_adjacent": 3,
+    }
+    pairs = zip(records["best_of_n-n=1-seed0"]["rewards"], records["best_of_n-n=2-seed0"]["rewards"], strict=True)
+    assert all(two >= one for one, two in pairs)
+
+    # what training left, and the sizes
+    assert (proxy["episodes"], proxy["train_seconds"]) == (12, 7.5)  # 3 steps of 8 * 2 / 4 episodes
+    assert proxy["adapter_bytes"] > 4 * proxy["trainable_parameters"] > 0
+    assert proxy["total_parameters"] == sft["total_parameters"] + proxy["trainable_parameters"]
+    assert sft["trainable_parameters"] == 0
+
+    # what a method cannot have is null
+    assert sft["kl_to_lm"] == 0.0
+    assert proxy["kl_to_lm"] > 0
+    assert records["proxy-candidate_p_t=0.02-seed6"]["kl_to_lm"] is None
+    assert records["best_of_n-n=2-seed0"]["reject_rate"] is None
+    assert 0 < proxy["reject_rate"] < 1
+    assert proxy["lm_forwards_per_token"] == 1.0 < records["proxy-candidate_p_t=0.02-seed6"]["lm_forwards_per_token"]
+    assert len({record["tokens_per_second_sft"] for record in records.values()}) == 1
+
+    plots = {path.name for path in (tmp_path / "plots").glob("*.png")}
+    assert plots == {"reward_distributions.png", "gains.png", "reward_against_logprob.png", "training_curve.png"}
+    for name in plots:
+        assert f"(plots/{name})" in (tmp_path / "report.md").read_text()
+    assert "proxy (prefix, p_t=0.02)" in (tmp_path / "samples.md").read_text()
+    assert "best_of_n (n=2)" in capsys.readouterr().out
+
+
+def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_path):
+    settings = {"methods": ["best_of_n"]}
+    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    first = run(best_of=[1], **settings)
+    assert list(first) == ["best_of_n-n=1-seed0", "sft-seed0"]  # sft comes with everything
+    second = run(best_of=[1, 2], **settings)
+    assert second.items() > first.items()
+    # the samples of both runs are the same, so that n=2 continues n=1
+    fresh = run(best_of=[2], output_dir=tmp_path / "fresh", **settings)
+    assert fresh["best_of_n-n=2-seed0"]["responses"] == second["best_of_n-n=2-seed0"]["responses"]
+
+    with monkeypatch.context() as context:  # nothing is left to do: no model is needed
+        context.setattr(compare, "load_lm", None)
+        assert run(best_of=[1, 2], **settings) == second
+
+    with pytest.raises(
+        ValueError, match=r"sft-seed0.json was written with other settings \(different: max_new_tokens"
+    ):
+        run(best_of=[1], max_new_tokens=5, **settings)
+    again = run(best_of=[1], max_new_tokens=5, overwrite=True, **settings)
+    assert again["best_of_n-n=1-seed0"]["max_new_tokens"] == 5
+    assert again["best_of_n-n=2-seed0"] == second["best_of_n-n=2-seed0"]
+
+
+def test_a_retrained_proxy_is_not_taken_for_the_old_one(run, compare, monkeypatch, folder, tmp_path, tiny_lm):
+    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    model = ProxyModelForCausalLM(tiny_lm(), ProxyConfig())
+    model.save_pretrained(tmp_path / "proxy")
+    arguments = {"proxies": [f"{tmp_path / 'proxy'}:1"], "methods": ["proxy"], "output_dir": tmp_path / "out"}
+    records = run(**arguments)
+    # an untrained proxy is the LM, and the decoding path the same
+    assert records["proxy-prefix-seed1"]["responses"] == records["sft-seed0"]["responses"]
+    assert records["proxy-prefix-seed1"]["delta_ci95"] == [0.0, 0.0]
+    model.gate.mlp[-1].bias.data.fill_(-1.0)
+    model.save_pretrained(tmp_path / "proxy")
+    with pytest.raises(ValueError, match="different: proxy_weights_sha256"):
+        run(**arguments)
+
+
+def test_num_prompts_is_a_fixed_choice(run, compare, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    prompts = [
+        run(methods=["sft"], num_prompts=3, seed=seed, output_dir=tmp_path / str(seed))[f"sft-seed{seed}"]["prompts"]
+        for seed in (0, 1)
+    ]
+    assert prompts[0] == prompts[1]
+    assert len(set(prompts[0])) == 3
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"proxies": []}, "--proxies names no folder"),
+        ({"proxies": ["no/such/folder"]}, "no/such/folder is neither a folder nor a hub repository"),
+        ({"methods": ["ppo"]}, "--methods knows sft, proxy, best_of_n, not ppo"),
+        ({"best_of": [0]}, r"--best_of must name numbers of at least 1, got \[0\]"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"num_prompts": 7}, "--num_prompts is 7, .* has 6"),
+    ],
+)
+def test_mistakes_are_named_before_a_model_is_loaded(run, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run(**overrides)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm):
+    ProxyModelForCausalLM(tiny_lm(), ProxyConfig(p_t=0.02)).save_pretrained(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"has no run.json .* give its training seed, .*p:0"):
+        run(proxies=[tmp_path / "p"])
+    with pytest.raises(ValueError, match=r"Two proxies would write .*proxy-prefix_p_t=0.02-seed5.json"):
+        run(proxies=[folder / "prefix", f"{tmp_path / 'p'}:5"])
+
+
+@pytest.mark.usefixtures("no_model")
+def test_empty_data(run, folder, monkeypatch):
+    monkeypatch.setattr("trl_proxy.defaults.Dataset.from_json", lambda path: Dataset.from_dict({"prompt": []}))
+    with pytest.raises(ValueError, match=r"prompts.jsonl \(test\) is empty"):
+        run()
+
+
+def test_unknown_yaml_keys(compare, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("methods: [sft]\nbest_off: [2]\n")
+    with pytest.raises(ValueError, match=r"Unknown arguments from config file.*best_off"):
+        compare.make_parser().parse_args_and_config(["--config", str(tmp_path / "recipe.yaml")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "recipes").glob("compare_*.yaml")), ids=lambda p: p.name)
+def test_recipes(compare, path):
+    args, model_args = compare.make_parser().parse_args_and_config(["--config", str(path)])
+    values = yaml.safe_load(path.read_text())
+    assert {key: {**args.__dict__, **model_args.__dict__}[key] for key in values} == values
+    assert isinstance(model_args, ModelConfig)
+    for name in args.proxies:  # what a recipe of the training writes
+        trained = [yaml.safe_load(p.read_text())["output_dir"] for p in path.parent.glob("*.yaml") if p != path]
+        assert name in trained
+
+
+def test_variants_name_what_is_not_default(compare):
+    assert compare.describe(ProxyConfig()) == "prefix"
+    assert compare.describe(ProxyConfig(features="candidate", p_t=0.1, gate_hidden_sizes=[64])) == (
+        "candidate, p_t=0.1, gate_hidden_sizes=[64]"
+    )
+
+
+def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
+    ProxyModelForCausalLM(tiny_lm(), ProxyConfig()).save_pretrained(tmp_path / "out" / "checkpoint-2")
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"seed": 9}))
+    proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
+    assert (proxy.seed, proxy.episodes, proxy.trainer_state) == (9, None, None)
+    assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins

@@ -1,0 +1,152 @@
+"""scripts/train_proxy.py: flags, recipes, resuming, and what it says to a mistake."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from trl_proxy import ProxyModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_proxy", ROOT / "scripts" / "train_proxy.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_proxy"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny_run(tmp_path, tiny_lm, tiny_tokenizer):
+    """Flags of a run of seconds: a tiny LM, two dozen prompts and a reward function in a file."""
+    tiny_lm("llama").save_pretrained(tmp_path / "lm")
+    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{a}{b}"}) + "\n" for a in "abcdef" for b in "wxyz")
+    )
+    (tmp_path / "my_rewards.py").write_text(
+        "def upper(prompts, completions, **kwargs):\n    return [float(sum(c.isupper() for c in x)) for x in completions]\n"
+    )
+    flags = {
+        "model_name_or_path": tmp_path / "lm",
+        "dataset_name": tmp_path / "prompts.jsonl",
+        "reward_funcs": "my_rewards.upper",
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_completion_length": 6,
+        "max_steps": 8,
+        "save_steps": 4,
+        "gate_hidden_sizes": 16,
+        "use_cpu": "true",
+        "bf16": "false",
+        "report_to": "none",
+    }
+
+    def arguments(**changes):
+        return [str(x) for key, value in {**flags, **changes}.items() for x in (f"--{key}", value)]
+
+    return arguments
+
+
+def run(script, arguments, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    script.main(*script.make_parser().parse_args_and_config(arguments))
+
+
+def test_it_trains_and_leaves_a_proxy_that_loads(script, tiny_run, tiny_lm, monkeypatch, tmp_path, capsys):
+    run(script, tiny_run(), monkeypatch, tmp_path)
+    assert "trainable params:" in capsys.readouterr().out
+    assert {"proxy_config.json", "proxy_model.safetensors", "run.json", "trainer_state.json", "README.md"} <= set(
+        os.listdir(tmp_path / "out")
+    )
+    model = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "out")
+    assert model.proxy_config.gate_hidden_sizes == [16]
+    assert model.gate.mlp[-1].weight.abs().sum() > 0
+
+
+def test_the_same_command_goes_on_and_equals_one_run(script, tiny_run, monkeypatch, tmp_path):
+    run(script, tiny_run(), monkeypatch, tmp_path)
+    whole = load_file(tmp_path / "out" / "proxy_model.safetensors")
+    # An interrupted run: the last checkpoint and the folder's proxy are gone.
+    import shutil
+
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    os.remove(tmp_path / "out" / "proxy_model.safetensors")
+    run(script, tiny_run(), monkeypatch, tmp_path)
+    again = load_file(tmp_path / "out" / "proxy_model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path):
+    run(script, tiny_run(), monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint of another run \(different: learning_rate, p_t\)"):
+        run(script, tiny_run(learning_rate=0.5, p_t=0.2), monkeypatch, tmp_path)
+    run(script, tiny_run(learning_rate=0.5, overwrite_output_dir="true"), monkeypatch, tmp_path)
+    os.remove(tmp_path / "out" / "run.json")
+    with pytest.raises(ValueError, match="checkpoint of something else"):
+        run(script, tiny_run(), monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "scripts" / "recipes").glob("*.yaml"), key=str), ids=lambda p: p.stem
+)
+def test_every_recipe_is_understood(script, recipe, tmp_path):
+    if recipe.stem.startswith("compare"):
+        pytest.skip("a recipe of compare.py, tested there")
+    settings = yaml.safe_load(recipe.read_text())
+    overrides = [] if settings.get("use_cpu") else ["--use_cpu", "true", "--bf16", "false"]
+    script_args, training_args, proxy_args, model_args = script.make_parser().parse_args_and_config(
+        ["--config", str(recipe), *overrides]
+    )
+    assert training_args.output_dir.startswith("outputs/")
+    assert proxy_args.p_t == settings["p_t"]
+    assert script_args.dataset_name == settings["dataset_name"]
+    assert model_args.model_name_or_path == settings["model_name_or_path"]
+    assert training_args.max_completion_length == settings["max_completion_length"]
+
+
+def test_unknown_yaml_keys_are_named(script, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("output_dir: x\nlearning_rat: 1.0\nuse_cpu: true\nbf16: false\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        script.make_parser().parse_args_and_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"p_t": 0}, "`p_t` must be in (0, 1], got 0.0"),
+        ({"temperature": 0}, "`temperature` must be above 0"),
+        ({"max_candidates": 0}, "`max_candidates` must be at least 1"),
+        ({"use_vllm": "true"}, "use_vllm"),
+        ({"dataset_name": "/nowhere/prompts.jsonl"}, "/nowhere/prompts.jsonl"),
+        ({"reward_funcs": "no_such_module.reward"}, "no_such_module"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(tiny_run, tmp_path, flags, message):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train_proxy.py"), *tiny_run(**flags)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("train_proxy: ")
+    assert message in last
+    assert "Traceback" not in result.stderr
