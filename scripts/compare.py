@@ -145,13 +145,18 @@ def read_proxy(name: str) -> TrainedProxy:
             )
         seed = run["seed"]
     state_file = Path(folder, "trainer_state.json")
-    state = json.loads(state_file.read_text()) if state_file.is_file() else None
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {"log_history": []}
+    summary = next(
+        (entry for entry in reversed(state["log_history"]) if "train_runtime" in entry), None
+    )  # of a finished run
     episodes_per_step = None
-    if run and state:
-        # A rollout of per_device_train_batch_size * steps_per_generation episodes serves steps_per_generation *
-        # num_iterations / gradient_accumulation_steps optimizer steps (of one process).
+    if run and summary and summary["train_steps_per_second"]:
+        # A rollout of per_device_train_batch_size * steps_per_generation episodes per process serves
+        # steps_per_generation * num_iterations / gradient_accumulation_steps optimizer steps. How many processes there
+        # were only the speeds tell: samples per step over one process's samples per step.
         samples = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"]
-        episodes_per_step = samples / run["num_iterations"]
+        per_step = summary["train_samples_per_second"] / summary["train_steps_per_second"]
+        episodes_per_step = samples * max(round(per_step / samples), 1) / run["num_iterations"]
     return TrainedProxy(
         folder=folder,
         seed=seed,
@@ -163,10 +168,8 @@ def read_proxy(name: str) -> TrainedProxy:
         adapter_bytes=weights.stat().st_size,
         episodes=round(state["global_step"] * episodes_per_step) if episodes_per_step else None,
         episodes_per_step=episodes_per_step,
-        train_seconds=next(
-            (e["train_runtime"] for e in (state or {}).get("log_history", []) if "train_runtime" in e), None
-        ),
-        trainer_state=state_file if state else None,
+        train_seconds=summary and summary["train_runtime"],  # after resuming, of the last part alone
+        trainer_state=state_file if summary else None,
     )
 
 
@@ -282,21 +285,22 @@ def evaluate(
     print(f"{len(jobs) - len(pending)} of {len(jobs)} records are there already, {len(pending)} to go.")
     if not pending:
         return
+    first, device = jobs[0][0], "cuda" if torch.cuda.is_available() else "cpu"
+    reward, gold_reward = (  # before the LM: they are small, and a wrong name should be known soon
+        load_callable_reward(name, batch_size=args.batch_size, device=device)
+        for name in (first.reward_model, first.gold_reward_model)
+    )
+    quantization_config = get_quantization_config(model_args)
     lm, tokenizer = load_lm(
         model_args.model_name_or_path or EMBEDDED,
         dtype=model_args.dtype,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization_config,
         revision=model_args.model_revision,
         trust_remote_code=args.trust_remote_code,
         attn_implementation=model_args.attn_implementation,
     )
-    if torch.cuda.is_available() and get_quantization_config(model_args) is None:
-        lm.to("cuda")
-    first = jobs[0][0]
-    reward, gold_reward = (
-        load_callable_reward(name, batch_size=args.batch_size, device=lm.device)
-        for name in (first.reward_model, first.gold_reward_model)
-    )
+    if quantization_config is None:  # quantized weights are where they belong already
+        lm.to(device)
     shared = (prompts, reward, gold_reward, lm, tokenizer)
     decoding = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     conversations = prompts["prompt"][:]
@@ -362,5 +366,5 @@ def main(args: CompareArguments, model_args: ModelConfig) -> None:
 if __name__ == "__main__":
     try:
         main(*make_parser().parse_args_and_config())
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise SystemExit(f"compare: {error}") from error

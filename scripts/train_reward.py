@@ -2,21 +2,14 @@
 Trains a preference reward: one LoRA adapter per source of preferences, and a router that tells the sources apart by
 the prompt alone. `trl_proxy.rewards.PreferenceReward.from_pretrained` loads what this writes.
 
-The embedded reward, on a CPU (about 15 minutes on one core that multiplies bfloat16 natively; leave out --bf16 on
-another), and the gold reward, which shares neither its split, seed nor layers and which no method trains on:
+The embedded reward, on a CPU (about 20 minutes on one core that multiplies bfloat16 natively; leave out --bf16 on
+another):
 
     python scripts/train_reward.py \
         --sources harmless=hh_harmless.jsonl helpful=hh_helpful.jsonl \
         --router_prompts harmless=trl_proxy/data/prompts.jsonl:harm_adjacent \
             helpful=trl_proxy/data/prompts.jsonl:everyday \
         --output_dir trl_proxy/data/reward --use_cpu --bf16 --seed 0
-
-    python scripts/train_reward.py \
-        --sources harmless=hh_harmless.jsonl helpful=hh_helpful.jsonl \
-        --router_prompts harmless=trl_proxy/data/prompts.jsonl:harm_adjacent \
-            helpful=trl_proxy/data/prompts.jsonl:everyday \
-        --lora_r 8 --lora_alpha 16 --lora_target_modules query key value dense --lora_layers 3 4 5 \
-        --num_train_epochs 1 --output_dir trl_proxy/data/reward/gold --use_cpu --bf16 --seed 1 --split_seed 1
 
 The same from the hub, with another base model, on a GPU:
 
@@ -189,7 +182,7 @@ def train_adapter(rows: list[dict], script_args: ScriptArguments, args: RewardTr
     tokenizer = load_tokenizer(base)
     config = AutoConfig.from_pretrained(base, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     if "attention_probs_dropout_prob" in config.to_dict():
-        config.attention_probs_dropout_prob = 0.0  # costs a third of a step on a CPU and did not raise the accuracy
+        config.attention_probs_dropout_prob = 0.0  # drawing it takes long on a CPU
     # Eager attention: on short sequences its backward pass is faster on a CPU than that of sdpa
     attention = "eager" if args.use_cpu else None
     set_seed(args.seed)  # the output layer and the adapter are drawn here, before the Trainer seeds anything
@@ -318,12 +311,10 @@ def evaluate(folder: str, config: dict, train: dict, heldout: dict, own_prompts:
         chosen, rejected = (word_counts(rows, key) for key in ("chosen", "rejected"))
         # Length-matched: the word counts differ by less than 25 %; one is added so that empty responses count
         matched = ((chosen + 1) / (rejected + 1)).log().abs() < math.log(1.25)
-        metrics[name] = {
-            "length_baseline": {
-                "rule": "longer wins" if sign == 1 else "shorter wins",
-                **accuracy(wins(sign * chosen, sign * rejected)),
-            }
-        }
+        by_length = wins(sign * chosen, sign * rejected)
+        rule = "longer wins" if sign == 1 else "shorter wins"
+        baseline = {"rule": rule, "all": accuracy(by_length), "length_matched": accuracy(by_length[matched])}
+        metrics[name] = {"length_baseline": baseline}
         for side in scores[name]["chosen"]:
             right = wins(scores[name]["chosen"][side], scores[name]["rejected"][side])
             metrics[name][side] = {"all": accuracy(right), "length_matched": accuracy(right[matched])}
@@ -350,11 +341,9 @@ def write_card(script_args, args, config: dict, metrics: dict, names: list[str])
 
     lines = ["| source | score | all held-out pairs | length-matched pairs |", "| --- | --- | --- | --- |"]
     for name in names:
-        baseline = metrics[name]["length_baseline"]
-        lines.append(f"| {name} | length alone: {baseline['rule']} | {cell(baseline)} | |")
         for side, value in metrics[name].items():
-            if side != "length_baseline":
-                lines.append(f"| {name} | {side} | {cell(value['all'])} | {cell(value['length_matched'])} |")
+            label = f"length alone: {value['rule']}" if side == "length_baseline" else side
+            lines.append(f"| {name} | {label} | {cell(value['all'])} | {cell(value['length_matched'])} |")
     lines += ["", "| score | mean | standard deviation |", "| --- | --- | --- |"]
     scales = config["outputs"] | ({"balanced": config["balanced"]} if "balanced" in config else {})
     lines += [f"| {name} | {scale['mean']:.4f} | {scale['std']:.4f} |" for name, scale in scales.items()]
@@ -403,10 +392,9 @@ these pairs, so the figures are slightly optimistic.
 {tables}
 
 ## Limits
-Single-turn English, at most {max_length} tokens; longer responses are cut off. The human labels disagree among
-themselves, so that no model gets far beyond three pairs in four. An output alone is not a reward of good answers: the
-harmless one prefers refusals and evasions even to everyday questions, the helpful one prefers compliance even with
-harmful requests. Any of them can be gamed by an optimiser; check with an independent reward and read samples.
+Single-turn English, at most {max_length} tokens; longer responses are cut off. An output alone is not a reward of good
+answers: the harmless one prefers refusals and evasions even to everyday questions, the helpful one prefers compliance
+even with harmful requests. Any of them can be gamed by an optimiser; check with another reward and read samples.
 Not a safety filter. Licence of the adapter: Apache-2.0.
 """
 

@@ -102,7 +102,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
             for dataset in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
                 _check_prompt_lengths(dataset, processing_class, model, args)
-        # RLOO's own `beta` would load a second LM as reference. Ours is the frozen LM, whose log-probs the rollout has.
+        # RLOO's own `beta` would load a second LM as reference. Ours is the frozen LM: the rollout has its log-probs.
         beta, args.beta = args.beta, 0.0
         super().__init__(
             model=model, reward_funcs=reward_funcs, args=args, processing_class=processing_class, **kwargs

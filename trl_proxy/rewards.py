@@ -173,8 +173,9 @@ class PreferenceReward:
         Args:
             folder (`str`): folder with `reward_config.json`; defaults to the embedded reward.
             side (`str`): `"balanced"`, `"harmless"`, `"helpful"`, `"gold"`, or an output named in that file.
-            dtype (`torch.dtype`): of the encoder; float32 scores do not depend on a row's neighbours, bfloat16 is
-                faster on hardware that multiplies it natively and moves a score by about 0.02.
+            dtype (`torch.dtype`): of the encoder; in float32 a row's score does not depend on its neighbours (1e-6),
+                so equal responses tie; in bfloat16 scoring took 0.63 of the time on a CPU that multiplies it natively
+                and moved scores by 0.006 on average, 0.03 at most.
 
         Raises:
             ValueError: the folder, one of its files or the side does not exist.
@@ -302,8 +303,8 @@ def repetition_penalty(prompts: Sequence, completions: Sequence, **kwargs) -> li
     """
     Minus the share of word 3-grams that a response has said before, in [-1, 0]; 0 for fewer than three words.
 
-    A preference model that reads one response at a time likes a phrase that it likes twice as much when it comes twice:
-    trained on it alone, a policy ends in loops. Give this function a weight beside it.
+    A preference model likes a phrase no less for coming twice, and a policy trained on it alone ends in loops: give
+    this function a weight beside it.
     """
     rewards = []
     for completion in completions:

@@ -68,11 +68,11 @@ def test_columns_reach_the_reward(policy):
 
 
 def test_samples_come_from_the_whole_distribution(policy, tiny_lm):
-    """No top-k (`generate` has 50 by default), no top-p of the model's own config: a uniform LM says everything."""
+    """A nearly uniform LM says everything: there is no top-k (by default 50), and nothing of the LM's own config."""
     lm = tiny_lm()
     with torch.no_grad():
-        lm.get_output_embeddings().weight.zero_()
-    lm.generation_config.top_p, lm.generation_config.temperature = 0.1, 0.2
+        lm.get_output_embeddings().weight.mul_(0.02)  # not zero: equal logits would all survive a top-k
+    lm.generation_config.top_p, lm.generation_config.temperature = 0.1, 1e-3
     samples = policy(1, lm=lm, max_new_tokens=1).sample(["a"] * 900)
     counts = np.bincount([ids[0] for ids in samples.token_ids[0]], minlength=96)
     assert (counts > 0).sum() > 90

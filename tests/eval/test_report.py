@@ -40,9 +40,10 @@ def test_groups_put_sft_first_and_n_in_its_order(records):
     assert [record["seed"] for record in groups["proxy (prefix)"]] == [0, 1]
 
 
-def test_records_over_other_prompts_are_refused(records, make_record):
-    other = make_record("proxy", [0.0] * 4, prompts_sha256="1" * 64)
-    with pytest.raises(ValueError, match="over different prompts"):
+@pytest.mark.parametrize(("key", "value"), [("prompts_sha256", "1" * 64), ("model", "x"), ("max_new_tokens", 9)])
+def test_records_that_cannot_be_compared_are_refused(records, make_record, key, value):
+    other = make_record("proxy", [0.0] * 4, **{key: value})
+    with pytest.raises(ValueError, match=f"the records differ in {key} .*{value}"):
         group_records([*records, other])
 
 

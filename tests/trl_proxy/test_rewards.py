@@ -76,11 +76,13 @@ def test_shipped_adapter_names_its_base_by_package():
 
 def test_shipped_metrics_beat_the_length_baseline():
     metrics = json.loads((EMBEDDED_REWARD / "reward_config.json").read_text())["metrics"]
-    for source, least in (("harmless", 0.70), ("helpful", 0.66)):
-        score, baseline = metrics[source]["balanced"], metrics[source]["length_baseline"]["accuracy"]
+    for source, least in (("harmless", 0.65), ("helpful", 0.64)):
+        score, baseline = metrics[source]["balanced"], metrics[source]["length_baseline"]
         assert score["all"]["accuracy"] >= least
-        assert min(score["all"]["accuracy"], score["length_matched"]["accuracy"]) > baseline
-        assert metrics["router"][source]["accuracy"] > 0.8
+        for pairs in ("all", "length_matched"):
+            assert score[pairs]["accuracy"] > baseline[pairs]["accuracy"]
+        assert metrics[source][source]["all"]["accuracy"] > score["all"]["accuracy"]  # routing costs some pairs
+        assert metrics["router"][source]["accuracy"] > 0.85
 
 
 # --- PreferenceReward ---

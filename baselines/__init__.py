@@ -1,0 +1,1 @@
+"""The methods that Proxy-RLHF is compared with, behind one contract, see `policy.py`."""

@@ -1,0 +1,110 @@
+"""Best-of-n: sample n responses, answer with the one that the reward likes best (Stiennon et al. 2020, 2009.01325).
+
+The strongest baseline per response and the dearest: n times the LM's forwards at every prompt, for ever.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from baselines.policy import Completions, Prompts, decode_texts, generate_batches, in_order, score
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`n` samples of every prompt, sample by sample (the outer list is over samples, the inner one over prompts).
+
+    `seconds` is a sample's decoding and scoring time over all prompts, so that the first k of n samples also say what
+    best-of-k would have cost.
+    """
+
+    texts: list[list[str]]
+    token_ids: list[list[list[int]]]
+    rewards: list[list[float]]
+    seconds: list[float]
+
+
+def best_of(samples: Samples, n: int) -> Completions:
+    """The best of each prompt's first `n` samples, the earlier one where two are equal.
+
+    Raises:
+        ValueError: if fewer than `n` samples were drawn.
+    """
+    if not 1 <= n <= len(samples.texts):
+        raise ValueError(f"n must lie between 1 and the {len(samples.texts)} samples that were drawn, got {n}.")
+    best = np.argmax(samples.rewards[:n], axis=0)  # (prompts,)
+    return Completions(
+        texts=[samples.texts[k][i] for i, k in enumerate(best)],
+        token_ids=[samples.token_ids[k][i] for i, k in enumerate(best)],
+        seconds=sum(samples.seconds[:n]),
+        lm_forwards=sum(len(ids) for sample in samples.token_ids[:n] for ids in sample),
+    )
+
+
+class BestOfNPolicy:
+    """The reward's choice among `n` samples of the LM's full distribution.
+
+    Args:
+        model: the plain LM.
+        reward: in TRL's calling convention, see [`~baselines.policy.score`].
+        n: samples per prompt.
+        temperature: of the sampling; no top-k, top-p or min-p, whatever the model's generation config says.
+        seed: sample `k` depends on `seed` and `k` alone: the samples of a smaller `n` are the first of a larger one's.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        reward,
+        *,
+        n: int,
+        batch_size: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ):
+        self.model, self.tokenizer, self.reward = model, tokenizer, reward
+        self.n, self.batch_size, self.max_new_tokens = n, batch_size, max_new_tokens
+        self.temperature, self.seed = temperature, seed
+
+    def sample(self, prompts: Prompts, **columns) -> Samples:
+        """Draws and scores `n` samples; `columns` are handed to the reward."""
+        samples = Samples([], [], [], [])
+        for k in range(self.n):
+            start = time.perf_counter()
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, k)).generate_state(1)[0]))
+            batches = [
+                (indices, token_ids)
+                for indices, token_ids, _ in generate_batches(
+                    self.model,
+                    self.tokenizer,
+                    prompts,
+                    batch_size=self.batch_size,
+                    max_new_tokens=self.max_new_tokens,
+                    desc=f"best-of-n, sample {k + 1} of {self.n}",
+                    do_sample=True,
+                    temperature=self.temperature,
+                    top_k=0,  # `generate` would otherwise keep 50
+                    top_p=1.0,
+                    min_p=None,
+                )
+            ]
+            token_ids = in_order(batches)
+            texts = decode_texts(self.tokenizer, token_ids)
+            samples.texts.append(texts)
+            samples.token_ids.append(token_ids)
+            samples.rewards.append(score(self.reward, prompts, texts, **columns))
+            samples.seconds.append(time.perf_counter() - start)
+        return samples
+
+    def complete(self, prompts: Prompts) -> Completions:
+        """The best of `n` samples of every prompt."""
+        return best_of(self.sample(prompts), self.n)
+
+
+def train(model, tokenizer, reward, **kwargs) -> BestOfNPolicy:
+    """Nothing to train; arguments as [`BestOfNPolicy`]."""
+    return BestOfNPolicy(model, tokenizer, reward, **kwargs)

@@ -1,0 +1,170 @@
+"""The contract of every compared method, and the one decoding path that all of them share.
+
+A module of this package has `train(...) -> policy`, and a policy has `complete(prompts) -> Completions`. All of them
+decode through `generate_batches`: the same prompts give the same batches whatever the method, because bfloat16 results
+depend on who shares a batch, by more than some methods differ.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from tqdm.auto import tqdm
+from trl import is_conversational
+
+from trl_proxy.rewards import check_rewards, length_buckets
+
+Prompts = list  # of strings, or of conversations: lists of {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a policy answered, in the order of the prompts.
+
+    Attributes:
+        texts: one response per prompt, without special tokens.
+        token_ids: its tokens, the EOS included where it was written.
+        seconds: wall-clock time of everything the method needed (encoding, decoding, for best-of-n also scoring).
+        lm_forwards: forwards of the LM, counted per row and while the row was unfinished: n tokens of plain decoding
+            are n, whatever the batch. For best-of-n those of all samples.
+        stats: what only some methods have: `reject_rate`, `accepted_rank_mean`.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    seconds: float
+    lm_forwards: int
+    stats: dict[str, float | None] = field(default_factory=dict)
+
+
+class Policy(Protocol):
+    """Anything that answers prompts."""
+
+    def complete(self, prompts: Prompts) -> Completions: ...
+
+
+def encode_prompts(prompts: Prompts, tokenizer) -> list[list[int]]:
+    """Token ids of every prompt, unpadded, exactly as TRL's trainers encode them: conversations through the chat
+    template with the generation prompt, strings as they are."""
+    if is_conversational({"prompt": prompts[0]}):
+        return tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer(prompts)["input_ids"]
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Ids that end a response: the tokenizer's EOS and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def cut_at_stop(tokens: list[int], stops: list[int]) -> list[int]:
+    """The tokens up to and including the first stop id: what follows it is padding."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens) - 1)
+    return tokens[: end + 1]
+
+
+def generate_batches(
+    model, tokenizer, prompts: Prompts, *, batch_size: int, max_new_tokens: int, desc: str, **generate_kwargs
+) -> Iterator[tuple[list[int], list[list[int]], object]]:
+    """Decodes the prompts batch by batch: sorted by length, longest first, padded on the left.
+
+    Yields:
+        the prompts' indices, their responses' token ids (cut after the EOS), and what `generate` returned.
+    """
+    encoded = encode_prompts(prompts, tokenizer)
+    stops = stop_ids(model, tokenizer)
+    pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    buckets = length_buckets([len(ids) for ids in encoded], batch_size)
+    for indices in tqdm(buckets, desc=desc, unit="batch", leave=False):
+        width = len(encoded[indices[0]])
+        input_ids = torch.full((len(indices), width), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, i in enumerate(indices):
+            start = width - len(encoded[i])
+            input_ids[row, start:] = torch.tensor(encoded[i])
+            attention_mask[row, start:] = 1
+        output = model.generate(
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            **generate_kwargs,
+        )
+        yield indices, [cut_at_stop(row, stops) for row in output.sequences[:, width:].tolist()], output
+
+
+def in_order(batches: list[tuple[list[int], list[list[int]]]]) -> list[list[int]]:
+    """Token ids of all batches, back in the order of the prompts."""
+    by_index = {i: ids for indices, rows in batches for i, ids in zip(indices, rows, strict=True)}
+    return [by_index[i] for i in range(len(by_index))]
+
+
+def decode_texts(tokenizer, token_ids: list[list[int]]) -> list[str]:
+    """The responses as text, as TRL's trainers hand them to a reward."""
+    return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+
+
+def score(reward, prompts: Prompts, texts: list[str], **columns) -> list[float]:
+    """One finite reward per response, in TRL's calling convention (conversational prompts get message lists).
+
+    Args:
+        reward: `reward(prompts, completions, **columns) -> list[float]`, a named function or callable.
+        columns: further dataset columns, one entry per prompt.
+
+    Raises:
+        ValueError: if the reward returns another number of values, or None, NaN or an infinity.
+    """
+    conversational = is_conversational({"prompt": prompts[0]})
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+    rewards = reward(prompts=prompts, completions=completions, **columns)
+    return check_rewards(rewards, len(prompts), prompts, reward.__name__)
+
+
+class ProxyPolicy:
+    """A trained proxy over its frozen LM.
+
+    Args:
+        model: a [`~trl_proxy.ProxyModelForCausalLM`].
+        gate_sample: draw the decisions instead of taking the likelier one. Greedy decisions are the paper's test time.
+        seed: of the drawn decisions.
+    """
+
+    def __init__(
+        self, model, tokenizer, *, batch_size: int, max_new_tokens: int, gate_sample: bool = False, seed: int = 0
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.gate_sample, self.seed = gate_sample, seed
+
+    def complete(self, prompts: Prompts) -> Completions:
+        """Gated responses; `stats` has `reject_rate` (of the proposals that were decided, the share rejected) and
+        `accepted_rank_mean` (rejections before the accepted token, per token)."""
+        torch.manual_seed(self.seed)
+        start = time.perf_counter()
+        batches, totals = [], Counter()
+        for indices, token_ids, output in generate_batches(
+            self.model,
+            self.tokenizer,
+            prompts,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            desc="proxy",
+            do_sample=False,
+            gate_sample=self.gate_sample,
+        ):
+            batches.append((indices, token_ids))
+            totals.update({name: int(per_row.sum()) for name, per_row in output.decisions._asdict().items()})
+        token_ids = in_order(batches)
+        texts = decode_texts(self.tokenizer, token_ids)
+        decided = totals["proposals"] - totals["forced"]
+        stats = {
+            "reject_rate": totals["rank_sum"] / decided if decided else None,
+            "accepted_rank_mean": totals["rank_sum"] / totals["tokens"],
+        }
+        return Completions(texts, token_ids, time.perf_counter() - start, totals["lm_forwards"], stats)

@@ -1,0 +1,42 @@
+"""The supervised fine-tuned model itself, decoded greedily: what every other method is compared with."""
+
+import time
+
+from baselines.policy import Completions, Prompts, decode_texts, generate_batches, in_order
+
+
+class SFTPolicy:
+    """Greedy decoding of a causal LM.
+
+    Args:
+        model: the plain LM. Where a proxy wraps it, this object is still the wrapped LM itself, so the responses are
+            those of `with proxy_model.disable_proxy()`.
+    """
+
+    def __init__(self, model, tokenizer, *, batch_size: int, max_new_tokens: int):
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def complete(self, prompts: Prompts) -> Completions:
+        """The LM's most probable continuation, token by token."""
+        start = time.perf_counter()
+        batches = [
+            (indices, token_ids)
+            for indices, token_ids, _ in generate_batches(
+                self.model,
+                self.tokenizer,
+                prompts,
+                batch_size=self.batch_size,
+                max_new_tokens=self.max_new_tokens,
+                desc="sft",
+                do_sample=False,
+            )
+        ]
+        token_ids = in_order(batches)
+        texts = decode_texts(self.tokenizer, token_ids)
+        return Completions(texts, token_ids, time.perf_counter() - start, sum(map(len, token_ids)))
+
+
+def train(model, tokenizer, *, batch_size: int, max_new_tokens: int) -> SFTPolicy:
+    """Nothing to train: the LM comes fine-tuned."""
+    return SFTPolicy(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)

@@ -1,0 +1,83 @@
+"""How likely responses are under the frozen LM, and how far a policy is from it: teacher-forced forwards."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from trl_proxy.rewards import length_buckets
+
+
+def _teacher_forced(
+    prompt_ids: list[list[int]], response_ids: list[list[int]], batch_size: int, device, desc: str
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor], torch.Tensor]]:
+    """Prompts and responses joined, in batches of similar length, padded on the right (positions need no shift).
+
+    Yields:
+        indices of the rows, the LM's inputs, and the bool mask `(rows, width)` of the response's tokens.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    for indices in tqdm(length_buckets(lengths, batch_size), desc=desc, unit="batch", leave=False):
+        input_ids = torch.zeros(len(indices), lengths[indices[0]], dtype=torch.long)
+        attention_mask, is_response = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, i in enumerate(indices):
+            input_ids[row, : lengths[i]] = torch.tensor(prompt_ids[i] + response_ids[i])
+            attention_mask[row, : lengths[i]] = 1
+            is_response[row, len(prompt_ids[i]) : lengths[i]] = True
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), "use_cache": False}
+        yield indices, inputs, is_response.to(device)
+
+
+def _response_logits(model, inputs: dict, is_response: torch.Tensor) -> torch.Tensor:
+    """Logits `(response tokens, vocab)` in float32 that predict the response's tokens. Position t predicts token
+    t + 1; only these positions go to float32, because the vocabulary is large."""
+    return model(**inputs).logits[:, :-1][is_response[:, 1:]].float()
+
+
+@torch.inference_mode()
+def response_logprobs(
+    lm, prompt_ids: list[list[int]], response_ids: list[list[int]], *, batch_size: int = 8
+) -> list[float]:
+    """Log-probability of every response under the LM, given its prompt: teacher-forced, in nats.
+
+    Args:
+        lm: a causal LM, the frozen one.
+        prompt_ids: token ids of the prompts, n lists.
+        response_ids: token ids of the responses, the EOS included where it was written, n lists.
+
+    Returns:
+        n sums over the response's tokens, from a float32 log-softmax whatever the LM's dtype.
+    """
+    sums = [0.0] * len(prompt_ids)
+    batches = _teacher_forced(prompt_ids, response_ids, batch_size, lm.device, "LM log-probs")
+    for indices, inputs, is_response in batches:
+        token_logprobs = torch.zeros(is_response.shape, device=lm.device)
+        token_logprobs[is_response] = -F.cross_entropy(
+            _response_logits(lm, inputs, is_response), inputs["input_ids"][is_response], reduction="none"
+        )
+        for i, total in zip(indices, token_logprobs.sum(-1).tolist(), strict=True):
+            sums[i] = total
+    return sums
+
+
+@torch.inference_mode()
+def kl_to_lm(
+    policy_lm, lm, prompt_ids: list[list[int]], response_ids: list[list[int]], *, batch_size: int = 8
+) -> float:
+    """KL divergence of the policy's next-token distribution from the LM's, exact at each of the responses' positions.
+
+    Args:
+        policy_lm: a causal LM, e.g. a proxy with prefix features (its gated logits) or a fine-tuned LM.
+        lm, prompt_ids, response_ids: as for [`response_logprobs`].
+
+    Returns:
+        the mean over all response tokens, in nats per token.
+    """
+    total = 0.0
+    for _, inputs, is_response in _teacher_forced(prompt_ids, response_ids, batch_size, lm.device, "KL to the LM"):
+        policy_logprobs = F.log_softmax(_response_logits(policy_lm, inputs, is_response), dim=-1)
+        policy_logprobs.clamp_(min=torch.finfo(torch.float32).min)  # a gated -inf: 0 log 0 is 0, not NaN
+        lm_logprobs = F.log_softmax(_response_logits(lm, inputs, is_response), dim=-1)
+        total += F.kl_div(lm_logprobs, policy_logprobs, log_target=True, reduction="sum").item()
+    return total / sum(map(len, response_ids))
