@@ -4,8 +4,8 @@
     python scripts/generate.py --proxy outputs/demo/proxy --trace "How can I get my deposit back?"
     python scripts/generate.py "How can I get my deposit back?"                 # the plain LM
 
-`--trace` shows every proposal (figure 1 of arXiv 2403.04283): accepted tokens in green, rejected ones in red and struck
-out before the token that was accepted in their place, tokens that nobody was asked about in the terminal's own colour.
+`--trace` shows every proposal (figure 1 of arXiv 2403.04283): accepted tokens in green, rejected ones in red and
+struck out before the token that was accepted in their place, tokens that nobody was asked about as they are.
 """
 
 import argparse

@@ -139,7 +139,7 @@ def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | Non
     elif name.endswith((".json", ".jsonl")):
         if not os.path.isfile(name):
             raise ValueError(f"There is no dataset file {name}.")
-        dataset = Dataset.from_json(name)
+        dataset = Dataset.from_json(name) if os.path.getsize(name) else []
     else:
         dataset = load_dataset(name, split=split, revision=revision)
     if len(dataset) == 0:

@@ -36,7 +36,8 @@ def tiny_run(tmp_path, tiny_lm, tiny_tokenizer):
         "".join(json.dumps({"prompt": f"{a}{b}"}) + "\n" for a in "abcdef" for b in "wxyz")
     )
     (tmp_path / "my_rewards.py").write_text(
-        "def upper(prompts, completions, **kwargs):\n    return [float(sum(c.isupper() for c in x)) for x in completions]\n"
+        "def upper(prompts, completions, **kwargs):\n"
+        "    return [float(sum(c.isupper() for c in x)) for x in completions]\n"
     )
     flags = {
         "model_name_or_path": tmp_path / "lm",
@@ -159,8 +160,8 @@ def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
         str(ROOT / "scripts" / "train_proxy.py"),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}

@@ -10,10 +10,13 @@ import torch
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, defaults
 from trl_proxy.defaults import load_lm, load_prompts, load_reward
 
-STOP_WORDS = frozenset(
-    "a an and are as at be but by can could do does for from have how i if in is it just me my of on or should so that "
-    "the them they this to was we what when where which who why will with would you your".split()
-)
+# fmt: off
+STOP_WORDS = frozenset([
+    "a", "an", "and", "are", "as", "at", "be", "but", "by", "can", "could", "do", "does", "for", "from", "have", "how",
+    "i", "if", "in", "is", "it", "just", "me", "my", "of", "on", "or", "should", "so", "that", "the", "them", "they",
+    "this", "to", "was", "we", "what", "when", "where", "which", "who", "why", "will", "with", "would", "you", "your",
+])
+# fmt: on
 
 
 def words(prompt: str) -> set[str]:
@@ -43,6 +46,9 @@ def test_prompt_data_from_files(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "Hello", "level": 3}\n')
     assert load_prompts(str(path), "train")[0] == {"prompt": "Hello", "level": 3}
+    path.write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        load_prompts(str(path), "train")
     path.write_text('{"question": "Hello"}\n')
     with pytest.raises(ValueError, match="no `prompt` column, only question"):
         load_prompts(str(path), "train")
