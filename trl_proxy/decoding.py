@@ -48,59 +48,20 @@ class HiddenTap:
         return None if self.select is None else (self.select(args[0]), *args[1:])
 
 
-class PoolTap:
-    """Context manager that keeps the mean of the last hidden states over all positions that the LM has read.
-
-    `pooled` is `(batch, hidden_size)` float32 after each forward, padding left out. What comes after the width of
-    `attention_mask` `(batch, prompt length)` is no padding.
-    """
-
-    def __init__(self, lm: nn.Module, attention_mask: torch.Tensor):
-        self.lm, self.mask, self.seen = lm, attention_mask, 0
-        self.total: torch.Tensor | float = 0.0
-        self.count: torch.Tensor | float = 0.0
-
-    def __enter__(self) -> "PoolTap":
-        # The head gets the last position alone; the body's output has them all.
-        self._hook = self.lm.base_model.register_forward_hook(self._tap)
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._hook.remove()
-
-    def _tap(self, _module, _args, output) -> None:
-        hidden = output.last_hidden_state.float()
-        mask = self.mask[:, self.seen : self.seen + hidden.shape[1]].to(hidden)
-        mask = nn.functional.pad(mask, (0, hidden.shape[1] - mask.shape[1]), value=1.0)
-        self.total = self.total + (hidden * mask[..., None]).sum(1)
-        self.count = self.count + mask.sum(1)
-        self.seen += hidden.shape[1]
-
-    @property
-    def pooled(self) -> torch.Tensor:
-        return self.total / self.count.clamp(min=1)[:, None]
-
-    def repeat(self, repeats: int) -> None:
-        """Follows a batch whose rows are repeated."""
-        self.mask = self.mask.repeat_interleave(repeats, dim=0)
-        if self.seen:
-            self.total, self.count = (x.repeat_interleave(repeats, dim=0) for x in (self.total, self.count))
-
-
 class PrefixGate(LogitsProcessor):
     """The gate as the last logits processor: it leaves one token per row, the accepted candidate.
 
     Args:
-        judge: `(hidden (B, state size), candidates (B, K), positions (B,)) -> accept logits (B, K)`.
+        judge: `(hidden (B, d), candidates (B, K), positions (B,)) -> accept logits (B, K)`.
         config: how candidates are formed.
-        tap: sees the hidden state of the step. pool: with pooled features, the mean that goes with it.
+        tap: sees the hidden state of the step.
         attention_mask: `(B, prompt length)` of the prompts.
         threshold, sample: see `gate.decide`.
         keep_hidden: keep what a [`rollout.Rollout`] needs.
     """
 
-    def __init__(self, judge, config: ProxyConfig, tap, pool, attention_mask, threshold, sample, keep_hidden):
-        self.judge, self.config, self.tap, self.pool = judge, config, tap, pool
+    def __init__(self, judge, config: ProxyConfig, tap: HiddenTap, attention_mask, threshold, sample, keep_hidden):
+        self.judge, self.config, self.tap = judge, config, tap
         self.threshold, self.sample, self.keep_hidden = threshold, sample, keep_hidden
         self.prompt_width = attention_mask.shape[1]
         self.prompt_lengths = attention_mask.sum(-1)
@@ -109,8 +70,6 @@ class PrefixGate(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         positions = self.prompt_lengths + (input_ids.shape[1] - self.prompt_width)
         hidden = self.tap.hidden[:, -1]
-        if self.pool is not None:
-            hidden = torch.cat([hidden, self.pool.pooled.to(hidden.dtype)], dim=-1)
         candidates = propose_for(self.config, scores)
         accept = decide(self.judge(hidden, candidates, positions), self.threshold, self.sample)
         rank = accepted_rank(accept, candidates.mask)

@@ -4,7 +4,6 @@ With prefix features the gated LM is an ordinary LM: `forward` returns the logit
 `generate`, pipelines and scoring tools work on it. With candidate features only `generate` is defined.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,7 +13,6 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import HfApi
@@ -34,7 +32,7 @@ from transformers.utils import logging
 
 from .candidates import NUM_SCALARS, Candidates, candidate_scalars
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, PoolTap, PrefixGate, StopRecorder, candidate_decode, propose_for
+from .decoding import HiddenTap, PrefixGate, StopRecorder, candidate_decode, propose_for
 from .gate import ProxyMLP, gated_log_probs
 from .rollout import ProxyGenerateOutput, Rollout, record_steps
 
@@ -68,8 +66,6 @@ class Proxy(nn.Module):
         self.config = config
         prefix = config.features == "prefix"
         sizes = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
-        if config.pooled_features:
-            sizes.insert(1, config.hidden_size)
         scalars = NUM_SCALARS if prefix else 0
         self.gate = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, config.initial_accept_bias)
         self.critic = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, 0.0)
@@ -119,8 +115,6 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         self.proxies = nn.ModuleDict()
         self.active_proxy = "default"
         self._proxy_disabled = False
-        # Sum and number of the hidden states that a cache stands for, where pooled features need them.
-        self._pools: WeakKeyDictionary = WeakKeyDictionary()
         self.proxies["default"] = self._new_proxy(proxy_config or ProxyConfig())
         # Neither broadcast nor reduced by DDP: every process loads the same frozen LM.
         self._ddp_params_and_buffers_to_ignore = [
@@ -239,8 +233,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         """What [`gate`] and [`critic`] read.
 
         Args:
-            hidden: `(N, state_size)`: before the candidate (prefix features; with pooled features the mean of the
-                states so far behind it) or at it (candidate features).
+            hidden: `(N, hidden_size)`: before the candidate (prefix features) or at it (candidate features).
             token_ids: `(N,)` int64, the candidates; prefix features only.
             scalars: `(N, NUM_SCALARS)`, see `candidates.candidate_scalars`; prefix features only.
 
@@ -311,7 +304,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                 "train one with features='prefix'."
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        with HiddenTap(self.lm) as tap, self._record_body() as body:
+        with HiddenTap(self.lm) as tap:
             output = self.lm(**inputs)
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if position_ids is None:
@@ -323,11 +316,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         keep = slice(-keep, None) if isinstance(keep, int) else keep  # as transformers slices the hidden states
         positions = (position_ids[:, keep] + 1).expand(output.logits.shape[:2]).flatten()
         candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
-        hidden = tap.hidden
-        if self.proxy_config.pooled_features:
-            pooled = self._pool_so_far(body[0], attention_mask, past, past_key_values, output)
-            hidden = torch.cat([hidden, pooled[:, keep].to(hidden.dtype)], dim=-1)
-        accept_logits = self._judge_prefix(hidden.flatten(0, 1), candidates, positions)
+        accept_logits = self._judge_prefix(tap.hidden.flatten(0, 1), candidates, positions)
         log_probs = gated_log_probs(accept_logits - self.proxy_config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits.scatter_(-1, candidates.token_ids, log_probs)
@@ -337,30 +326,6 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
                 logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size
             )
         return output
-
-    @contextmanager
-    def _record_body(self):
-        """A list that gets the last hidden states `(batch, length, hidden_size)` of every forward of the LM's body."""
-        body: list[torch.Tensor] = []
-        hook = self.lm.base_model.register_forward_hook(lambda _m, _a, output: body.append(output.last_hidden_state))
-        try:
-            yield body
-        finally:
-            hook.remove()
-
-    def _pool_so_far(self, hidden, attention_mask, past: int, cache, output) -> torch.Tensor:
-        """Mean `(batch, length, hidden_size)` of the hidden states up to each position, the cache's included."""
-        mask = torch.ones(hidden.shape[:2], device=hidden.device)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -hidden.shape[1] :].to(mask)
-        total, count = (hidden.float() * mask[..., None]).cumsum(1), mask.cumsum(1)
-        if past:
-            if cache not in self._pools:
-                raise ValueError("Pooled features need to have seen the whole text: this cache was filled elsewhere.")
-            total, count = total + self._pools[cache][0][:, None], count + self._pools[cache][1][:, None]
-        if output.get("past_key_values") is not None:
-            self._pools[output.past_key_values] = (total[:, -1], count[:, -1])
-        return total / count.clamp(min=1)[..., None]
 
     @torch.no_grad()
     def generate(
@@ -463,19 +428,13 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         options["attention_mask"] = attention_mask
         processors = LogitsProcessorList(logits_processor or [])
         if config.features == "prefix":
-            cache = options.get("past_key_values")
-            if config.pooled_features and cache is not None and cache.get_seq_length():
-                raise ValueError("Pooled features need the whole prompt: pass no filled `past_key_values`.")
+            if repeats > 1 and "past_key_values" not in options:
+                options["past_key_values"] = self._prefill_once(*prompts, repeats)
             stops = StopRecorder(criteria)
             options["stopping_criteria"] = [stops] if criteria else None
-            pool = PoolTap(self.lm, prompts[1]) if config.pooled_features else None
-            with HiddenTap(self.lm) as tap, pool or contextlib.nullcontext():
-                if repeats > 1 and cache is None:
-                    options["past_key_values"] = self._prefill_once(*prompts, repeats)
-                if pool is not None:
-                    pool.repeat(repeats)
+            with HiddenTap(self.lm) as tap:
                 gate = PrefixGate(
-                    self._judge_prefix, config, tap, pool, attention_mask, threshold, gate_sample, output_rollout
+                    self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout
                 )
                 output = self.lm.generate(
                     input_ids, generation_config, logits_processor=LogitsProcessorList([*processors, gate]), **options
