@@ -8,7 +8,7 @@ LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --mult
 	--num_machines 1 --mixed_precision no --dynamo_backend no
 OUT ?= outputs/demo
 
-.PHONY: install demo train-harmless test lint clean
+.PHONY: install demo results results-harmless test lint clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -23,6 +23,23 @@ demo: $(INSTALLED)
 	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir $(OUT)/proxy
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies $(OUT)/proxy \
 		--output_dir $(OUT)
+
+# The table of the README: three seeds, half an hour of training.
+results: $(INSTALLED)
+	for seed in 0 1 2; do \
+		$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $$seed \
+			--output_dir outputs/results/seed$$seed || exit 1; \
+	done
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
+		--proxies outputs/results/seed0 outputs/results/seed1 outputs/results/seed2 --output_dir outputs/results
+
+# The other table: harmlessness alone.
+results-harmless: $(INSTALLED)
+	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu_harmless.yaml \
+		--output_dir outputs/results-harmless/seed0
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
+		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless \
+		--output_dir outputs/results-harmless
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -12,6 +12,7 @@ ORDER = [
     ("config", "candidates", "gate", "advantages", "losses", "rewards"),
     ("rollout", "actor_critic", "defaults"),
     ("decoding",),
+    ("generation",),
     ("modeling",),
     ("proxy_ppo", "ppo"),
     ("__init__",),

@@ -4,9 +4,6 @@ With prefix features the gated LM is an ordinary LM: `forward` returns the logit
 `generate`, pipelines and scoring tools work on it. With candidate features only `generate` is defined.
 """
 
-import copy
-import dataclasses
-import functools
 import hashlib
 import os
 import tempfile
@@ -19,27 +16,15 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StopStringCriteria,
-)
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
-from transformers.utils import logging
 
 from .candidates import NUM_SCALARS, Candidates, candidate_scalars
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, PrefixGate, StopRecorder, candidate_decode, propose_for
+from .decoding import HiddenTap, propose_for
 from .gate import ProxyMLP, gated_log_probs
-from .rollout import ProxyGenerateOutput, Rollout, record_steps
-
-logger = logging.get_logger(__name__)
-
-# `generate` options of the LM's own sampling. The gate's candidates take their place.
-_SAMPLING_OPTIONS = ("do_sample", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+from .generation import GatedGeneration
+from .rollout import Rollout
 
 
 @dataclass
@@ -85,7 +70,7 @@ class Proxy(nn.Module):
             ) from error
 
 
-class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
+class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
     """A frozen causal LM and a trainable proxy that accepts or rejects the tokens it proposes (arXiv 2403.04283).
 
     Args:
@@ -264,7 +249,7 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
     def _judge_candidate(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.gate(self.gate_features(hidden))
 
-    # Forward and generate
+    # Forward; `generate` is in generation.py
 
     def forward(
         self,
@@ -327,164 +312,6 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return output
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config=None,
-        *,
-        gate_sample: bool = False,
-        threshold: float | None = None,
-        output_rollout: bool = False,
-        logits_processor: list | None = None,
-        streamer=None,
-        **kwargs,
-    ):
-        """Gated decoding with the options of the LM's own `generate`.
-
-        Args:
-            inputs: `(batch, prompt length)` int64, left-padded prompts; `input_ids` is the same.
-            gate_sample: draw the gate's decisions (training) instead of taking the more probable one.
-            threshold: in place of the configuration's; see `gate.decide`.
-            output_rollout: also return what training needs, [`Rollout`] (implies `return_dict_in_generate`).
-            generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is
-                that of the proposals. `do_sample` and the truncations (`top_k`, ...) do not apply: `p_t` and
-                `max_candidates` of the configuration decide what is proposed.
-
-        Returns:
-            `(batch, length)` int64, or with `return_dict_in_generate` a [`ProxyGenerateOutput`] with the record of
-            decisions.
-
-        Raises:
-            `ValueError`: beams, assisted generation, right-padded prompts, or more tokens than the LM has positions.
-        """
-        input_ids = kwargs.pop("input_ids", inputs)
-        if self._proxy_disabled:
-            return self.lm.generate(
-                input_ids, generation_config, logits_processor=logits_processor, streamer=streamer, **kwargs
-            )
-        setting = functools.partial(_setting, kwargs, generation_config, self.generation_config)
-        if (setting("guidance_scale") or 1) != 1:
-            raise ValueError("`guidance_scale` is not supported: it runs the LM a second time in a step; set it to 1.")
-        if (setting("num_beams") or 1) > 1:
-            raise ValueError(
-                f"`num_beams={setting('num_beams')}` is not supported: the gate decides token by token; use 1."
-            )
-        if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
-            raise ValueError("Assisted generation is not supported: the gate judges the proposals of its own LM.")
-        if input_ids is None:
-            raise ValueError("`generate` needs `input_ids`: a gated LM goes on from tokens, not from embeddings.")
-        attention_mask = kwargs.pop("attention_mask", None)
-        if attention_mask is None:
-            # As transformers reads it off the prompts.
-            attention_mask = torch.ones_like(input_ids)
-            pad = setting("pad_token_id")
-            if pad is not None and pad not in _as_list(setting("eos_token_id")):
-                attention_mask = (input_ids != pad).long()
-        if (attention_mask[:, -1] == 0).any():
-            raise ValueError("The prompts are padded on the right: set `tokenizer.padding_side = 'left'`.")
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        width = input_ids.shape[1]
-        # 20 new tokens are transformers' own default.
-        new_tokens = setting("max_new_tokens") or (setting("max_length") or width + 20) - width
-        if limit is not None and width + new_tokens > limit:
-            raise ValueError(
-                f"Prompt and response need {width + new_tokens} positions ({width} + {new_tokens}), the LM has "
-                f"{limit}: shorten the prompts or `max_new_tokens`."
-            )
-        ignored = [name for name in _SAMPLING_OPTIONS if name != "do_sample" and kwargs.pop(name, None) is not None]
-        if ignored:
-            logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
-        kwargs.pop("do_sample", None)
-        repeats = setting("num_return_sequences") or 1
-        temperature = kwargs.pop("temperature", None)
-        config = self.proxy_config if temperature is None else _with_temperature(self.proxy_config, temperature)
-        threshold = config.threshold if threshold is None else threshold
-        return_dict = kwargs.pop("return_dict_in_generate", False) or output_rollout
-        options = {
-            # The one token per row that the gate leaves is taken by `argmax`.
-            "do_sample": False,
-            "temperature": 1.0,
-            "top_k": 50,
-            "top_p": 1.0,
-            "streamer": streamer,
-            "return_dict_in_generate": True,
-            **kwargs,
-            # Prompts are repeated below.
-            "num_return_sequences": 1,
-        }
-        if generation_config is not None:
-            generation_config = copy.deepcopy(generation_config)
-            options = generation_config.update(**options)
-        criteria = list(options.pop("stopping_criteria", None) or [])
-        if setting("stop_strings") is not None:
-            tokenizer = options.pop("tokenizer", None)
-            if tokenizer is None:
-                raise ValueError("`stop_strings` need the tokenizer: pass `tokenizer=...` to `generate`.")
-            criteria.append(StopStringCriteria(tokenizer, setting("stop_strings")))
-            options["stop_strings"] = None
-        prompts = (input_ids, attention_mask)
-        input_ids, attention_mask = (x.repeat_interleave(repeats, dim=0) for x in prompts)
-        options["attention_mask"] = attention_mask
-        processors = LogitsProcessorList(logits_processor or [])
-        if config.features == "prefix":
-            if repeats > 1 and "past_key_values" not in options:
-                options["past_key_values"] = self._prefill_once(*prompts, repeats)
-            stops = StopRecorder(criteria)
-            options["stopping_criteria"] = [stops] if criteria else None
-            with HiddenTap(self.lm) as tap:
-                gate = PrefixGate(
-                    self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout
-                )
-                output = self.lm.generate(
-                    input_ids, generation_config, logits_processor=LogitsProcessorList([*processors, gate]), **options
-                )
-            eos = torch.tensor(_as_list(setting("eos_token_id")), dtype=torch.long, device=input_ids.device)
-            decisions, rollout = record_steps(gate.steps, output.sequences[:, width:], eos, stops.stopped)
-            output = ProxyGenerateOutput(**output, decisions=decisions, rollout=rollout)
-        else:
-            loop = functools.partial(
-                candidate_decode,
-                judge=self._judge_candidate,
-                config=config,
-                threshold=threshold,
-                sample=gate_sample,
-                output_rollout=output_rollout,
-                repeats=repeats,
-                # `generate` hands no streamer to a function.
-                streamer=streamer,
-            )
-            del options["streamer"]
-            options["stopping_criteria"] = criteria
-            if streamer is not None:
-                streamer.put(input_ids.cpu())
-            output = self.lm.generate(
-                input_ids,
-                generation_config,
-                logits_processor=processors,
-                custom_generate=loop,
-                **options,
-            )
-        return output if return_dict else output.sequences
-
-    def _prefill_once(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, repeats: int
-    ) -> DynamicCache | None:
-        """Cache of the prompts but for their last token, each repeated, so that no prompt is read twice."""
-        if input_ids.shape[1] < 2:
-            return None
-        cache = DynamicCache(config=self.lm.config)
-        self.lm(
-            input_ids=input_ids[:, :-1],
-            attention_mask=attention_mask[:, :-1],
-            position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(repeats)
-        return cache
-
     # Saving and loading
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
@@ -536,21 +363,3 @@ class ProxyModelForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(lm, config)
         model.proxy.load_weights(weights)
         return model.eval()
-
-
-def _setting(kwargs: dict, *args):
-    """`(kwargs, generation_config, default_config, name)`: the call's value, also None, else the first that is set."""
-    *configs, name = args
-    if name in kwargs:
-        return kwargs[name]
-    return next((x for c in configs if c is not None and (x := getattr(c, name, None)) is not None), None)
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    """Token ids as a list."""
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def _with_temperature(config: ProxyConfig, temperature: float) -> ProxyConfig:
-    """A copy of `config` at another temperature; raises as [`ProxyConfig`] does."""
-    return dataclasses.replace(config, temperature=temperature)

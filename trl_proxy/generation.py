@@ -1,0 +1,202 @@
+"""`generate` of a gated LM: checks the call, then decodes by one of the two paths of `decoding.py`."""
+
+import copy
+import dataclasses
+import functools
+
+import torch
+from transformers import DynamicCache, LogitsProcessorList, StopStringCriteria
+from transformers.utils import logging
+
+from .decoding import HiddenTap, PrefixGate, StopRecorder, candidate_decode
+from .rollout import ProxyGenerateOutput, record_steps
+
+logger = logging.get_logger(__name__)
+
+# `generate` options of the LM's own sampling. The gate's candidates take their place.
+_TRUNCATIONS = ("top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+
+
+class GatedGeneration:
+    """Mixin of [`~trl_proxy.ProxyModelForCausalLM`]."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        *,
+        gate_sample: bool = False,
+        threshold: float | None = None,
+        output_rollout: bool = False,
+        logits_processor: list | None = None,
+        streamer=None,
+        **kwargs,
+    ):
+        """Gated decoding with the options of the LM's own `generate`.
+
+        Args:
+            inputs: `(batch, prompt length)` int64, left-padded prompts; `input_ids` is the same.
+            gate_sample: draw the gate's decisions (training) instead of taking the more probable one.
+            threshold: in place of the configuration's; see `gate.decide`.
+            output_rollout: also return what training needs, [`rollout.Rollout`] (implies `return_dict_in_generate`).
+            generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is
+                that of the proposals. `do_sample` and the truncations (`top_k`, ...) do not apply: `p_t` and
+                `max_candidates` of the configuration decide what is proposed.
+
+        Returns:
+            `(batch, length)` int64, or with `return_dict_in_generate` a [`rollout.ProxyGenerateOutput`] with the
+            record of decisions.
+
+        Raises:
+            `ValueError`: beams, assisted generation, right-padded prompts, or more tokens than the LM has positions.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if self._proxy_disabled:
+            return self.lm.generate(
+                input_ids, generation_config, logits_processor=logits_processor, streamer=streamer, **kwargs
+            )
+        setting = functools.partial(_setting, kwargs, generation_config, self.generation_config)
+        eos_token_ids = _as_list(setting("eos_token_id"))
+        _refuse_what_has_no_meaning(setting, kwargs)
+        prompts = self._checked_prompts(input_ids, kwargs.pop("attention_mask", None), setting, eos_token_ids)
+
+        config = self.proxy_config
+        if kwargs.get("temperature") is not None:
+            config = dataclasses.replace(config, temperature=kwargs["temperature"])
+        threshold = config.threshold if threshold is None else threshold
+        return_dict = kwargs.pop("return_dict_in_generate", False) or output_rollout
+        repeats = setting("num_return_sequences") or 1
+        criteria = list(kwargs.pop("stopping_criteria", None) or [])
+        if setting("stop_strings") is not None:
+            if kwargs.get("tokenizer") is None:
+                raise ValueError("`stop_strings` need the tokenizer: pass `tokenizer=...` to `generate`.")
+            criteria.append(StopStringCriteria(kwargs.pop("tokenizer"), setting("stop_strings")))
+        input_ids, attention_mask = (x.repeat_interleave(repeats, dim=0) for x in prompts)
+        options = {
+            **{name: value for name, value in kwargs.items() if name not in _TRUNCATIONS},
+            # The one token per row that the gate leaves is taken by `argmax`; the values are transformers' defaults.
+            "do_sample": False,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+            "attention_mask": attention_mask,
+            "return_dict_in_generate": True,
+            # Done here: prompts are repeated, and the criteria include the stop strings.
+            "num_return_sequences": 1,
+            "stop_strings": None,
+        }
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            options = generation_config.update(**options)
+        processors = LogitsProcessorList(logits_processor or [])
+
+        if config.features == "candidate":
+            loop = functools.partial(
+                candidate_decode,
+                judge=self._judge_candidate,
+                config=config,
+                threshold=threshold,
+                sample=gate_sample,
+                output_rollout=output_rollout,
+                repeats=repeats,
+                # `generate` hands no streamer to a function.
+                streamer=streamer,
+            )
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
+            output = self.lm.generate(
+                input_ids,
+                generation_config,
+                logits_processor=processors,
+                stopping_criteria=criteria,
+                custom_generate=loop,
+                **options,
+            )
+            return output if return_dict else output.sequences
+
+        if repeats > 1 and options.get("past_key_values") is None:
+            options["past_key_values"] = self._prefill_once(*prompts, repeats)
+        stops = StopRecorder(criteria)
+        with HiddenTap(self.lm) as tap:
+            gate = PrefixGate(self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout)
+            output = self.lm.generate(
+                input_ids,
+                generation_config,
+                logits_processor=LogitsProcessorList([*processors, gate]),
+                stopping_criteria=[stops] if criteria else None,
+                streamer=streamer,
+                **options,
+            )
+        if not return_dict:
+            return output.sequences
+        eos = torch.tensor(eos_token_ids, dtype=torch.long, device=input_ids.device)
+        decisions, rollout = record_steps(gate.steps, output.sequences[:, input_ids.shape[1] :], eos, stops.stopped)
+        return ProxyGenerateOutput(**output, decisions=decisions, rollout=rollout)
+
+    def _checked_prompts(self, input_ids, attention_mask, setting, eos_token_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts and their mask, `(batch, prompt length)` each; `ValueError` where they cannot be gone on from."""
+        if input_ids is None:
+            raise ValueError("`generate` needs `input_ids`: a gated LM goes on from tokens, not from embeddings.")
+        if attention_mask is None:
+            # As transformers reads it off the prompts.
+            pad = setting("pad_token_id")
+            known = pad is not None and pad not in eos_token_ids
+            attention_mask = (input_ids != pad).long() if known else torch.ones_like(input_ids)
+        if (attention_mask[:, -1] == 0).any():
+            raise ValueError("The prompts are padded on the right: set `tokenizer.padding_side = 'left'`.")
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        width = input_ids.shape[1]
+        # 20 new tokens are transformers' own default.
+        new_tokens = setting("max_new_tokens") or (setting("max_length") or width + 20) - width
+        if limit is not None and width + new_tokens > limit:
+            raise ValueError(
+                f"Prompt and response need {width + new_tokens} positions ({width} + {new_tokens}), the LM has "
+                f"{limit}: shorten the prompts or `max_new_tokens`."
+            )
+        return input_ids, attention_mask
+
+    def _prefill_once(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, repeats: int
+    ) -> DynamicCache | None:
+        """Cache of the prompts but for their last token, each repeated, so that no prompt is read twice."""
+        if input_ids.shape[1] < 2:
+            return None
+        cache = DynamicCache(config=self.lm.config)
+        self.lm(
+            input_ids=input_ids[:, :-1],
+            attention_mask=attention_mask[:, :-1],
+            position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(repeats)
+        return cache
+
+
+def _refuse_what_has_no_meaning(setting, kwargs: dict) -> None:
+    """`ValueError` for the options of `generate` that a gate cannot follow; a warning for those that do not apply."""
+    if (setting("guidance_scale") or 1) != 1:
+        raise ValueError("`guidance_scale` is not supported: it runs the LM a second time in a step; set it to 1.")
+    if (setting("num_beams") or 1) > 1:
+        raise ValueError(
+            f"`num_beams={setting('num_beams')}` is not supported: the gate decides token by token; use 1."
+        )
+    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+        raise ValueError("Assisted generation is not supported: the gate judges the proposals of its own LM.")
+    if ignored := [name for name in _TRUNCATIONS if kwargs.get(name) is not None]:
+        logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
+
+
+def _setting(kwargs: dict, *args):
+    """`(kwargs, generation_config, default_config, name)`: the call's value, also None, else the first that is set."""
+    *configs, name = args
+    if name in kwargs:
+        return kwargs[name]
+    return next((x for c in configs if c is not None and (x := getattr(c, name, None)) is not None), None)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    """Token ids as a list."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
