@@ -105,6 +105,7 @@ class TrainedProxy:
     episodes: int | None
     episodes_per_step: float | None
     train_seconds: float | None
+    train_peak_memory_mb: float | None
     trainer_state: Path | None
 
 
@@ -145,18 +146,9 @@ def read_proxy(name: str) -> TrainedProxy:
             )
         seed = run["seed"]
     state_file = Path(folder, "trainer_state.json")
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {"log_history": []}
-    summary = next(
-        (entry for entry in reversed(state["log_history"]) if "train_runtime" in entry), None
-    )  # of a finished run
-    episodes_per_step = None
-    if run and summary and summary["train_steps_per_second"]:
-        # A rollout of per_device_train_batch_size * steps_per_generation episodes per process serves
-        # steps_per_generation * num_iterations / gradient_accumulation_steps optimizer steps. How many processes there
-        # were only the speeds tell: samples per step over one process's samples per step.
-        samples = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"]
-        per_step = summary["train_samples_per_second"] / summary["train_steps_per_second"]
-        episodes_per_step = samples * max(round(per_step / samples), 1) / run["num_iterations"]
+    # What scripts/train_proxy.py measured, of finished runs
+    results_file = Path(folder, "train_results.json")
+    results = json.loads(results_file.read_text()) if results_file.is_file() else {}
     return TrainedProxy(
         folder=folder,
         seed=seed,
@@ -166,10 +158,11 @@ def read_proxy(name: str) -> TrainedProxy:
             "proxy_weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         },
         adapter_bytes=weights.stat().st_size,
-        episodes=round(state["global_step"] * episodes_per_step) if episodes_per_step else None,
-        episodes_per_step=episodes_per_step,
-        train_seconds=summary and summary["train_runtime"],  # after resuming, of the last part alone
-        trainer_state=state_file if summary else None,
+        episodes=results.get("episodes"),
+        episodes_per_step=results["episodes"] / results["steps"] if results else None,
+        train_seconds=results.get("train_seconds"),
+        train_peak_memory_mb=results.get("train_peak_memory_mb"),
+        trainer_state=state_file if results and state_file.is_file() else None,
     )
 
 
@@ -219,6 +212,7 @@ def plan(
                 adapter_bytes=proxy.adapter_bytes,
                 episodes=proxy.episodes,
                 train_seconds=proxy.train_seconds,
+                train_peak_memory_mb=proxy.train_peak_memory_mb,
                 **common,
             )
             jobs.append((run, proxy))

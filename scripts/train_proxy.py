@@ -20,8 +20,10 @@ import copy
 import dataclasses
 import json
 import os
+import resource
 from dataclasses import dataclass, field
 
+import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
@@ -95,6 +97,26 @@ def checkpoint_to_resume(output_dir: str, run: dict, overwrite: bool) -> str | N
     return last
 
 
+def measured(trainer: ProxyPPOTrainer) -> dict[str, float]:
+    """What the whole run took, the parts before an interruption included: for the records of compare.py."""
+    args, history = trainer.args, [entry for entry in trainer.state.log_history if "step_time" in entry]
+    steps = [entry["step"] for entry in history]
+    # `step_time` is the mean over the steps since the last entry, rollouts and rewards included.
+    seconds = sum(entry["step_time"] * (b - a) for entry, a, b in zip(history, [0, *steps], steps))
+    peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024)  # KiB -> MiB
+    if torch.cuda.is_available():
+        peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**20)
+    peak = trainer.accelerator.reduce(peak.to(trainer.accelerator.device), reduction="sum")
+    samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "episodes": trainer.state.global_step * samples // args.num_iterations,
+        "steps": trainer.state.global_step,
+        "num_processes": args.world_size,
+        "train_seconds": seconds,
+        "train_peak_memory_mb": peak.item(),
+    }
+
+
 def main(
     script_args: ProxyScriptArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig
 ) -> None:
@@ -140,6 +162,7 @@ def main(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
+    trainer.save_metrics("train", measured(trainer), combined=False)
     trainer.accelerator.print(f"Proxy saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

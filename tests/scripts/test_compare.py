@@ -44,9 +44,9 @@ def folder(tmp_path_factory, tiny_lm, tiny_tokenizer, with_random_gate):
     for name, seed in (("prefix", 5), ("candidate", 6)):
         run = {"seed": seed, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_iterations": 4}
         history = [{"step": step, "reward": 0.1 * step} for step in (1, 2, 3)]
-        speeds = {"train_samples_per_second": 12.8, "train_steps_per_second": 0.401}  # 32 a step: two processes
-        history += [{"step": 3, "train_runtime": 7.5, **speeds}]
+        results = {"episodes": 24, "steps": 3, "train_seconds": 7.5, "train_peak_memory_mb": 300.0}
         (folder / name / "run.json").write_text(json.dumps(run))
+        (folder / name / "train_results.json").write_text(json.dumps(results))
         (folder / name / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": history}))
     rows = [
         {"prompt": [{"role": "user", "content": "x" * (i + 1)}], "kind": ["everyday", "harm_adjacent"][i % 2]}
@@ -120,7 +120,7 @@ def test_a_whole_comparison(run, tmp_path, capsys):
     assert all(two >= one for one, two in pairs)
 
     # what training left, and the sizes
-    assert (proxy["episodes"], proxy["train_seconds"]) == (24, 7.5)  # 3 steps of 2 * 8 * 2 / 4 episodes
+    assert (proxy["episodes"], proxy["train_seconds"], proxy["train_peak_memory_mb"]) == (24, 7.5, 300.0)
     assert proxy["adapter_bytes"] > 4 * proxy["trainable_parameters"] > 0
     assert proxy["total_parameters"] == sft["total_parameters"] + proxy["trainable_parameters"]
     assert sft["trainable_parameters"] == 0

@@ -50,6 +50,7 @@ def tiny_run(tmp_path, tiny_lm, tiny_tokenizer):
         "max_completion_length": 6,
         "max_steps": 8,
         "save_steps": 4,
+        "logging_steps": 4,
         "gate_hidden_sizes": 16,
         "use_cpu": "true",
         "bf16": "false",
@@ -74,6 +75,11 @@ def test_it_trains_and_leaves_a_proxy_that_loads(script, tiny_run, tiny_lm, monk
     assert {"proxy_config.json", "proxy_model.safetensors", "run.json", "trainer_state.json", "README.md"} <= set(
         os.listdir(tmp_path / "out")
     )
+    results = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    # 8 steps of 4 episodes, each episode used twice
+    assert (results["episodes"], results["steps"], results["num_processes"]) == (16, 8, 1)
+    assert results["train_seconds"] > 0
+    assert results["train_peak_memory_mb"] > 100
     model = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "out")
     assert model.proxy_config.gate_hidden_sizes == [16]
     assert model.gate.mlp[-1].weight.abs().sum() > 0
