@@ -24,12 +24,13 @@ import resource
 from dataclasses import dataclass, field
 
 import torch
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.actor_critic import RewardError
+from trl_proxy.config import WEIGHTS_NAME
 from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts, load_reward
 
 RUN_FILE = "run.json"
@@ -157,9 +158,16 @@ def main(
         os.makedirs(training_args.output_dir, exist_ok=True)
         with open(os.path.join(training_args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
             json.dump(run, file, indent=2)
-    if checkpoint:
-        trainer.accelerator.print(f"Going on from {checkpoint}.")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
+    if state and state.global_step >= state.max_steps:
+        # transformers would train one step more.
+        trainer.accelerator.print(f"{checkpoint} is the end of this run: nothing left to train.")
+        model.proxy.load_weights(os.path.join(checkpoint, WEIGHTS_NAME))
+        trainer.state = state
+    else:
+        if checkpoint:
+            trainer.accelerator.print(f"Going on from {checkpoint}.")
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
     trainer.save_metrics("train", measured(trainer), combined=False)

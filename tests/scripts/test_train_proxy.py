@@ -96,6 +96,12 @@ def test_the_same_command_goes_on_and_equals_one_run(script, tiny_run, monkeypat
     run(script, tiny_run(), monkeypatch, tmp_path)
     again = load_file(tmp_path / "out" / "proxy_model.safetensors")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+    # Once more, with nothing left to do: the same proxy and the same record.
+    results = (tmp_path / "out" / "train_results.json").read_text()
+    run(script, tiny_run(), monkeypatch, tmp_path)
+    again = load_file(tmp_path / "out" / "proxy_model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["steps"] == json.loads(results)["steps"]
 
 
 def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path):
