@@ -31,8 +31,12 @@ def _teacher_forced(
 
 def _response_logits(model, inputs: dict, is_response: torch.Tensor) -> torch.Tensor:
     """Logits `(response tokens, vocab)` in float32 that predict the response's tokens. Position t predicts token
-    t + 1; only these positions go to float32, because the vocabulary is large."""
-    return model(**inputs).logits[:, :-1][is_response[:, 1:]].float()
+    t + 1; no logits are made before the first position of a response in any row, because the vocabulary is large."""
+    if not is_response.any():
+        return torch.zeros(0, model.config.get_text_config().vocab_size, device=is_response.device)
+    first = int(is_response.any(0).int().argmax())
+    keep = is_response.shape[1] - first + 1
+    return model(**inputs, logits_to_keep=keep).logits[:, :-1][is_response[:, first:]].float()
 
 
 @torch.inference_mode()
