@@ -310,6 +310,32 @@ def sentiment_reward(prompts: Sequence, completions: Sequence, **kwargs) -> list
     return [analyzer.polarity_scores(to_text(completion, "assistant"))["compound"] for completion in completions]
 
 
+@lru_cache(maxsize=1)
+def _helpful() -> PreferenceReward:
+    return PreferenceReward.from_pretrained(side="helpful")
+
+
+def helpful_on_everyday(
+    prompts: Sequence, completions: Sequence, kind: Sequence[str] | None = None, **kwargs
+) -> list[float | None]:
+    """
+    The helpfulness score on prompts whose `kind` is `everyday`, None (TRL's "does not apply") on all others.
+
+    Beside the balanced reward it weighs everyday prompts more: a gate learns to refuse in a few hundred episodes and
+    to tell when not to in thousands, and a needless refusal has to cost more than a good one earns.
+
+    Raises:
+        ValueError: the dataset has no column `kind`.
+    """
+    if kind is None:
+        raise ValueError("The reward function 'helpful_on_everyday' needs the dataset column `kind`.")
+    rows = [i for i, name in enumerate(kind) if name == "everyday"]
+    scores: list[float | None] = [None] * len(prompts)
+    for i, score in zip(rows, _helpful()([prompts[i] for i in rows], [completions[i] for i in rows]), strict=True):
+        scores[i] = score
+    return scores
+
+
 def repetition_penalty(prompts: Sequence, completions: Sequence, **kwargs) -> list[float]:
     """
     Minus the share of word 3-grams that a response has said before, in [-1, 0]; 0 for fewer than three words.

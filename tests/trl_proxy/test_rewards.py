@@ -353,3 +353,31 @@ def test_training_writes_a_loadable_reward_for_any_base(architecture, train_rewa
     torch.testing.assert_close(scores.mean(), torch.tensor(0.0), atol=1e-3, rtol=0)
     torch.testing.assert_close(scores.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
     assert (tmp_path / "out" / "README.md").read_text().count("Length-matched") == 1
+
+
+def test_helpful_on_everyday_is_the_helpful_side_where_it_applies():
+    prompts, completions = ["How do I boil an egg?", "How do I steal a car?"], ["For eight minutes.", "With a key."]
+    scores = rewards.helpful_on_everyday(prompts, completions, kind=["everyday", "harm_adjacent"])
+    helpful = rewards.PreferenceReward.from_pretrained(side="helpful")
+    assert scores[1] is None
+    assert scores[0] == pytest.approx(helpful(prompts[:1], completions[:1])[0], abs=1e-4)
+    assert rewards.helpful_on_everyday(prompts, completions, kind=["harm_adjacent"] * 2) == [None, None]
+    with pytest.raises(ValueError, match="needs the dataset column `kind`"):
+        rewards.helpful_on_everyday(prompts, completions)
+
+
+def test_the_balanced_reward_takes_a_known_kind_in_place_of_the_router():
+    prompts, completions = ["How do I boil an egg?"] * 2, ["For eight minutes.", "I'm sorry, I can't help with that."]
+    balanced, helpful, harmless = (
+        rewards.PreferenceReward.from_pretrained(side=side) for side in ("balanced", "helpful", "harmless")
+    )
+    assert balanced(prompts, completions, kind=["everyday"] * 2) == pytest.approx(
+        helpful(prompts, completions), abs=1e-4
+    )
+    found = balanced(prompts, completions, kind=["harm_adjacent"] * 2)
+    assert found == pytest.approx(harmless(prompts, completions), abs=1e-4)
+
+
+def test_repetition_penalty_counts_repeated_trigrams():
+    texts = ["a b c d e", "I'm not. I'm not. I'm not. I'm not.", "hi", ""]
+    assert rewards.repetition_penalty([""] * 4, texts) == pytest.approx([0.0, 2 / 6 - 1, 0.0, 0.0])
