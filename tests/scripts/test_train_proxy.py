@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -162,43 +161,3 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tiny_run, tmp_path, flags
     assert last.startswith("train_proxy: ")
     assert message in last
     assert "Traceback" not in result.stderr
-
-
-def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
-    """Two gloo ranks on the CPU, launched as on two GPUs; a bad reward on one of them stops both."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-        str(ROOT / "scripts" / "train_proxy.py"),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-
-    def run_both(**flags):
-        return subprocess.run(
-            [*launch, *tiny_run(per_device_train_batch_size=2, num_generations=2, **flags)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-
-    result = run_both()
-    assert result.returncode == 0, result.stderr[-2000:]
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["global_step"] == 8
-    model = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "out")
-    assert model.gate.mlp[-1].weight.abs().sum() > 0
-
-    (tmp_path / "my_rewards.py").write_text(
-        "import os\n\n\ndef upper(prompts, completions, **kwargs):\n"
-        "    return [float('nan') if os.environ['RANK'] == '1' else 0.0] * len(prompts)\n"
-    )
-    result = run_both(output_dir=tmp_path / "bad")
-    assert result.returncode != 0
-    assert result.stderr.count("returned nan where a finite number is needed") >= 2
-    assert (tmp_path / "bad" / "checkpoint-0" / "proxy_model.safetensors").is_file()
