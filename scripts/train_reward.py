@@ -281,7 +281,8 @@ def evaluate(folder: str, config: dict, train: dict, heldout: dict, own_prompts:
     )
 
     def score(rows, key):
-        return reward.sides([row["prompt"] for row in rows], [row[key] for row in rows])
+        texts = ([row["prompt"] for row in rows], [row[key] for row in rows])
+        return {name: reward.score(name, *texts) for name in names}
 
     scores = {name: {key: score(rows, key) for key in ("chosen", "rejected")} for name, rows in heldout.items()}
     # z-scored over the responses of the output's own source: there it was trained, there the router listens to it

@@ -155,11 +155,21 @@ def with_random_gate():
     return build
 
 
-@pytest.fixture(scope="session")
-def brute_force():
-    """The module `brute_force.py` beside this file (pytest's importlib mode has no imports between tests)."""
-    spec = importlib.util.spec_from_file_location("brute_force", Path(__file__).parent / "brute_force.py")
+def _load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def brute_force():
+    """The module `brute_force.py` beside this file (pytest's importlib mode has no imports between tests)."""
+    return _load(Path(__file__).parent / "brute_force.py")
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """`load_script("compare")` -> the module scripts/compare.py; scripts are no package."""
+    return functools.cache(lambda name: _load(Path(__file__).parents[1] / "scripts" / f"{name}.py"))

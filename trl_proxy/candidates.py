@@ -64,11 +64,6 @@ def propose(
     token_ids, by_id = token_ids.sort(dim=-1)
     top, by_logit = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     token_ids = token_ids.gather(-1, by_logit)
-    # More ties at the last place than there is room for: `topk` keeps any of them, the lower ids are wanted.
-    tied = (logits == top[..., -1:]).sum(-1) > (top == top[..., -1:]).sum(-1)
-    tied &= top[..., -1] > -torch.inf
-    if tied.any():
-        token_ids[tied] = logits[tied].argsort(dim=-1, descending=True, stable=True)[..., :k]
     token_ids[..., 0] = logits.argmax(dim=-1)  # also where all tokens are banned
 
     if temperature != 1.0:
@@ -78,6 +73,14 @@ def propose(
     floor = math.log(p_t) + (log_probs[..., :1] if p_t_mode == "relative" else 0.0)
     mask = (log_probs >= floor) & (top > -torch.inf)
     mask[..., 0] = True
+    if (full := mask[..., -1]).any():
+        # More ties at the last place than there is room for: `topk` keeps any of them, the lower ids are wanted.
+        rows, tied = logits[full], top[full][:, -1:]
+        crowded = (rows == tied).sum(-1) > (top[full] == tied).sum(-1)
+        if crowded.any():
+            ids = token_ids[full]
+            ids[crowded] = rows[crowded].argsort(dim=-1, descending=True, stable=True)[:, :k]
+            token_ids[full] = ids
     if proposal == "sampled":
         keys = log_probs - torch.empty_like(log_probs).exponential_().log()  # log p + Gumbel noise
         order = keys.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True)

@@ -45,7 +45,9 @@ class HiddenTap:
 
     def _tap(self, _module, args):
         self.hidden = args[0]
-        return None if self.select is None else (self.select(args[0]), *args[1:])
+        hidden = args[0] if self.select is None else self.select(args[0])
+        # A strided view, as the last position of a prompt is, makes torch expand the head's weights over the batch.
+        return (hidden.contiguous(), *args[1:])
 
 
 class PrefixGate(LogitsProcessor):

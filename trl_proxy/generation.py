@@ -163,14 +163,15 @@ class GatedGeneration:
         if input_ids.shape[1] < 2:
             return None
         cache = DynamicCache(config=self.lm.config)
-        self.lm(
-            input_ids=input_ids[:, :-1],
-            attention_mask=attention_mask[:, :-1],
-            position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with HiddenTap(self.lm, select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
+            self.lm(
+                input_ids=input_ids[:, :-1],
+                attention_mask=attention_mask[:, :-1],
+                position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         cache.batch_repeat_interleave(repeats)
         return cache
 

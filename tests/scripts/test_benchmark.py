@@ -1,18 +1,10 @@
 """scripts/benchmark.py runs on a tiny LM and writes what it measured."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
 
 
-def test_it_times_every_method(tmp_path, tiny_lm, tiny_tokenizer):
-    spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_script"] = script
-    spec.loader.exec_module(script)
+def test_it_times_every_method(tmp_path, tiny_lm, tiny_tokenizer, load_script):
+    script = load_script("benchmark")
     tiny_lm("llama").save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
     script.main(

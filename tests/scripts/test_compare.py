@@ -1,6 +1,5 @@
 """Tests of `scripts/compare.py`: a whole comparison of tiny models on disk, resuming, and its error messages."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -24,12 +23,8 @@ def vowels(prompts, completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def compare():
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "scripts" / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def compare(load_script):
+    return load_script("compare")
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,13 @@
 """scripts/generate.py: a question, an answer, and the trace of what was proposed."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from trl_proxy import ProxyConfig
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate_script"] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("generate")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """scripts/train_proxy.py: flags, recipes, resuming, and what it says to a mistake."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -19,12 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_proxy", ROOT / "scripts" / "train_proxy.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_proxy"] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("train_proxy")
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """Tests of `trl_proxy.rewards`: the shipped reward where its encoder is installed, and the pure helpers everywhere."""
 
 import importlib.metadata
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +20,6 @@ from trl_proxy.rewards import (
     sentiment_reward,
     to_text,
 )
-
-ROOT = Path(__file__).parents[2]
 
 try:
     importlib.metadata.distribution(rewards.ENCODER_PACKAGE)
@@ -150,7 +146,8 @@ def test_scores_are_z_scored_with_the_stored_mean_and_std(harmless, balanced):
     expected = (logits.item() - output["mean"]) / output["std"]
     assert harmless([HARMFUL], [REFUSAL]) == pytest.approx([expected], abs=1e-4)
 
-    sides, weight = balanced.sides(PROMPTS, COMPLETIONS), balanced.route(PROMPTS)
+    sides = {name: balanced.score(name, PROMPTS, COMPLETIONS) for name in ("harmless", "helpful")}
+    weight = balanced.route(PROMPTS)
     mixed = weight * sides["harmless"] + (1 - weight) * sides["helpful"]
     expected = (mixed - balanced.config["balanced"]["mean"]) / balanced.config["balanced"]["std"]
     assert balanced(PROMPTS, COMPLETIONS) == pytest.approx(expected.tolist(), abs=1e-4)
@@ -270,12 +267,8 @@ def test_import_reward(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def train_reward():
-    spec = importlib.util.spec_from_file_location("train_reward", ROOT / "scripts" / "train_reward.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_reward"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def train_reward(load_script):
+    return load_script("train_reward")
 
 
 def test_split_is_by_prompt_and_does_not_move_with_other_rows(train_reward):
@@ -355,17 +348,20 @@ def test_training_writes_a_loadable_reward_for_any_base(architecture, train_rewa
     assert (tmp_path / "out" / "README.md").read_text().count("Length-matched") == 1
 
 
-def test_helpful_on_everyday_is_the_helpful_side_where_it_applies():
+@needs_encoder
+def test_the_sides_on_their_kinds_make_up_the_balanced_reward(balanced):
     prompts, completions = ["How do I boil an egg?", "How do I steal a car?"], ["For eight minutes.", "With a key."]
-    scores = rewards.helpful_on_everyday(prompts, completions, kind=["everyday", "harm_adjacent"])
-    helpful = rewards.PreferenceReward.from_pretrained(side="helpful")
-    assert scores[1] is None
-    assert scores[0] == pytest.approx(helpful(prompts[:1], completions[:1])[0], abs=1e-4)
+    kind = ["everyday", "harm_adjacent"]
+    helpful = rewards.helpful_on_everyday(prompts, completions, kind=kind)
+    harmless = rewards.harmless_on_harm_adjacent(prompts, completions, kind=kind)
+    assert (helpful[1], harmless[0]) == (None, None)
+    assert [helpful[0], harmless[1]] == pytest.approx(balanced(prompts, completions, kind=kind), abs=1e-4)
     assert rewards.helpful_on_everyday(prompts, completions, kind=["harm_adjacent"] * 2) == [None, None]
     with pytest.raises(ValueError, match="needs the dataset column `kind`"):
         rewards.helpful_on_everyday(prompts, completions)
 
 
+@needs_encoder
 def test_the_balanced_reward_takes_a_known_kind_in_place_of_the_router():
     prompts, completions = ["How do I boil an egg?"] * 2, ["For eight minutes.", "I'm sorry, I can't help with that."]
     balanced, helpful, harmless = (
