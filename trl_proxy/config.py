@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -61,8 +62,10 @@ class ProxyConfig:
             raise ValueError(f"`p_t` must be in (0, 1], got {self.p_t}.")
         if not self.temperature > 0.0:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
-        if self.max_candidates < 1:
-            raise ValueError(f"`max_candidates` must be at least 1, got {self.max_candidates}.")
+        if not isinstance(self.max_candidates, int) or self.max_candidates < 1:
+            raise ValueError(f"`max_candidates` must be an integer of at least 1, got {self.max_candidates}.")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"`threshold` must be a finite number, got {self.threshold}.")
         if self.initial_accept_bias < 0.0:
             raise ValueError(f"`initial_accept_bias` must be at least 0, got {self.initial_accept_bias}.")
         if not self.gate_hidden_sizes or min(self.gate_hidden_sizes) < 1:

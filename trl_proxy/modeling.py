@@ -4,6 +4,7 @@ With prefix features the gated LM is an ordinary LM: `forward` returns the logit
 `generate`, pipelines and scoring tools work on it. With candidate features only `generate` is defined.
 """
 
+import dataclasses
 import hashlib
 import os
 import tempfile
@@ -109,18 +110,19 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
     # Proxies
 
     def _new_proxy(self, config: ProxyConfig) -> Proxy:
-        hidden_size = self.lm.config.get_text_config().hidden_size
-        embedding_size = self.lm.get_input_embeddings().embedding_dim
-        for key, size in (("hidden_size", hidden_size), ("embedding_size", embedding_size)):
-            if getattr(config, key) is None:
-                setattr(config, key, size)
-            elif getattr(config, key) != size:
+        sizes = {
+            "hidden_size": self.lm.config.get_text_config().hidden_size,
+            "embedding_size": self.lm.get_input_embeddings().embedding_dim,
+        }
+        for key, size in sizes.items():
+            if getattr(config, key) not in (None, size):
                 raise ValueError(
                     f"The proxy was made for an LM with {key}={getattr(config, key)}, this one has {size}: "
                     "load it with the LM that it was trained on."
                 )
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = self.lm.config._name_or_path or None
+        base = config.base_model_name_or_path or self.lm.config._name_or_path or None
+        # A copy: the caller may make proxies over other LMs with the same configuration.
+        config = dataclasses.replace(config, base_model_name_or_path=base, **sizes)
         return Proxy(config).to(self.lm.get_output_embeddings().weight.device)
 
     @property

@@ -16,7 +16,8 @@ NAN, INF = float("nan"), float("inf")
     [
         *[("p_t", v) for v in (0.0, -0.1, 1.0001, NAN, INF)],
         *[("temperature", v) for v in (0.0, -1.0, NAN)],
-        *[("max_candidates", v) for v in (0, -1)],
+        *[("max_candidates", v) for v in (0, -1, 2.5)],
+        *[("threshold", v) for v in (NAN, INF)],
         *[("initial_accept_bias", v) for v in (-0.5,)],
         *[("gate_hidden_sizes", v) for v in ([], [0], [64, -1])],
         *[("p_t_mode", v) for v in ("min-p", "Relative", "", None)],
