@@ -24,6 +24,7 @@ conversational), or with `chosen` and `rejected` alone as dialogues in the forma
 import hashlib
 import json
 import math
+import random
 import shlex
 import sys
 from collections import Counter
@@ -56,6 +57,8 @@ from trl_proxy.rewards import (
     to_text,
 )
 
+CUT_WORDS = 16  # the card shows how well the reward judges the first words of a response
+
 
 @dataclass
 class ScriptArguments:
@@ -74,6 +77,13 @@ class ScriptArguments:
         metadata={"help": "Modules to adapt; names are needed for some layers."},
     )
     lora_layers: list[int] | None = field(default=None, metadata={"help": "Layers to adapt; all by default."})
+    cut_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the pairs that are cut, both responses after the same random number of words: the "
+            "reward then judges an unfinished response by what it says, not by its being short."
+        },
+    )
     router_prompts: list[str] = field(
         default_factory=list,
         metadata={"help": "`name=file.jsonl:kind` per source: more prompts, with `kind` and `split`, for the router."},
@@ -88,7 +98,7 @@ class RewardTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs per batch."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Responses per batch in the evaluation."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate; suits LoRA on a small encoder."})
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training pairs."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training pairs."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up, as a share of all steps when below 1."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the final adapter is always saved."})
@@ -154,15 +164,26 @@ def heldout_prompts(rows: list[dict], n_heldout: int, seed: int) -> set[str]:
     return heldout
 
 
-def tokenize(rows: list[dict], tokenizer, max_length: int) -> Dataset:
-    """Columns `chosen`, `rejected` (what the tokenizer returns for prompt and response) and `length`."""
-    prompts, columns = [row["prompt"] for row in rows], {}
+def with_lengths(rows: list[dict], tokenizer, max_length: int) -> Dataset:
+    """The pairs and `length`, the tokens of the longer response with its prompt."""
+    lengths = []
     for key in ("chosen", "rejected"):
-        batch = tokenizer(prompts, [row[key] for row in rows], truncation=True, max_length=max_length)
-        columns[key] = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    pairs = zip(columns["chosen"], columns["rejected"], strict=True)
-    columns["length"] = [max(len(chosen["input_ids"]), len(rejected["input_ids"])) for chosen, rejected in pairs]
-    return Dataset.from_dict(columns)
+        texts = [(row["prompt"], row[key]) for row in rows]
+        lengths.append([len(ids) for ids in tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]])
+    return Dataset.from_list([row | {"length": max(pair)} for row, *pair in zip(rows, *lengths, strict=True)])
+
+
+def first_words(text: str, n: int) -> str:
+    """The first `n` words of a text; the text as it is where it has no more."""
+    words = text.split()
+    return text if len(words) <= n else " ".join(words[:n])
+
+
+def cut(row: dict) -> dict:
+    """The pair, both responses after the same number of words, drawn from 3 to the longer one's."""
+    longest = max(len(row[key].split()) for key in ("chosen", "rejected"))
+    n = random.randint(3, max(longest, 3))
+    return row | {key: first_words(row[key], n) for key in ("chosen", "rejected")}
 
 
 def load_router_prompts(entries: list[str], split: str) -> dict[str, list[str]]:
@@ -202,11 +223,19 @@ def train_adapter(rows: list[dict], script_args: ScriptArguments, args: RewardTr
     model.print_trainable_parameters()
 
     def collate(examples):
-        rows = [example["chosen"] for example in examples] + [example["rejected"] for example in examples]
+        examples = [cut(row) if random.random() < script_args.cut_share else row for row in examples]
+        texts = [(row["prompt"], row[key]) for key in ("chosen", "rejected") for row in examples]
         # Few different shapes: CPU kernels are compiled once per shape
-        return tokenizer.pad(rows, return_tensors="pt", pad_to_multiple_of=16)
+        return tokenizer(
+            texts,
+            truncation=True,
+            max_length=script_args.max_length,
+            padding=True,
+            pad_to_multiple_of=16,
+            return_tensors="pt",
+        )
 
-    dataset = tokenize(rows, tokenizer, script_args.max_length)
+    dataset = with_lengths(rows, tokenizer, script_args.max_length)
     trainer = PairTrainer(model=model, args=args, train_dataset=dataset, data_collator=collate)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
@@ -280,22 +309,24 @@ def evaluate(folder: str, config: dict, train: dict, heldout: dict, own_prompts:
         folder, side="balanced" if len(names) == 2 else names[0], batch_size=batch_size
     )
 
-    def score(rows, key):
-        texts = ([row["prompt"] for row in rows], [row[key] for row in rows])
-        return {name: reward.score(name, *texts) for name in names}
+    def score(rows, key, n_words=None):
+        responses = [first_words(row[key], n_words) if n_words else row[key] for row in rows]
+        return {name: reward.score(name, [row["prompt"] for row in rows], responses) for name in names}
 
-    scores = {name: {key: score(rows, key) for key in ("chosen", "rejected")} for name, rows in heldout.items()}
+    keys = ("chosen", "rejected")
+    scores = {name: {key: score(rows, key) for key in keys} for name, rows in heldout.items()}
+    cut_scores = {name: {key: score(rows, key, CUT_WORDS) for key in keys} for name, rows in heldout.items()}
     # z-scored over the responses of the output's own source: there it was trained, there the router listens to it
     for name, output in config["outputs"].items():
-        own = torch.cat([scores[name][key][name] for key in ("chosen", "rejected")])
+        own = torch.cat([scores[name][key][name] for key in keys])
         output["mean"], output["std"] = own.mean().item(), own.std().item()
-        for by_key in scores.values():
+        for by_key in (*scores.values(), *cut_scores.values()):
             for values in by_key.values():
                 values[name] = (values[name] - output["mean"]) / output["std"]
     metrics = {}
     if len(names) == 2:
         routed = {name: reward.route([row["prompt"] for row in rows]) for name, rows in heldout.items()}
-        for name, by_key in scores.items():
+        for name, by_key in (*scores.items(), *cut_scores.items()):
             for values in by_key.values():
                 w = routed[name]
                 values["balanced"] = w * values[names[0]] + (1 - w) * values[names[1]]
@@ -307,18 +338,24 @@ def evaluate(folder: str, config: dict, train: dict, heldout: dict, own_prompts:
             for name, w in route.items()
         }
     for name, rows in heldout.items():
-        train_counts = [word_counts(train[name], key) for key in ("chosen", "rejected")]
+        train_counts = [word_counts(train[name], key) for key in keys]
         sign = 1 if wins(*train_counts).mean() > 0.5 else -1
-        chosen, rejected = (word_counts(rows, key) for key in ("chosen", "rejected"))
+        chosen, rejected = (word_counts(rows, key) for key in keys)
         # Length-matched: the word counts differ by less than 25 %; one is added so that empty responses count
         matched = ((chosen + 1) / (rejected + 1)).log().abs() < math.log(1.25)
         by_length = wins(sign * chosen, sign * rejected)
         rule = "longer wins" if sign == 1 else "shorter wins"
         baseline = {"rule": rule, "all": accuracy(by_length), "length_matched": accuracy(by_length[matched])}
-        metrics[name] = {"length_baseline": baseline}
+        by_length = wins(*(sign * counts.clamp(max=CUT_WORDS) for counts in (chosen, rejected)))
+        metrics[name] = {"length_baseline": baseline | {"first_words": accuracy(by_length)}}
         for side in scores[name]["chosen"]:
             right = wins(scores[name]["chosen"][side], scores[name]["rejected"][side])
-            metrics[name][side] = {"all": accuracy(right), "length_matched": accuracy(right[matched])}
+            first = wins(cut_scores[name]["chosen"][side], cut_scores[name]["rejected"][side])
+            metrics[name][side] = {
+                "all": accuracy(right),
+                "length_matched": accuracy(right[matched]),
+                "first_words": accuracy(first),
+            }
     return metrics
 
 
@@ -340,11 +377,15 @@ def write_card(script_args, args, config: dict, metrics: dict, names: list[str])
             return "no such pair"
         return f"{value['accuracy']:.3f} [{value['ci95'][0]:.3f}, {value['ci95'][1]:.3f}] (n={value['n']})"
 
-    lines = ["| source | score | all held-out pairs | length-matched pairs |", "| --- | --- | --- | --- |"]
+    lines = [
+        f"| source | score | all held-out pairs | length-matched pairs | first {CUT_WORDS} words of both |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name in names:
         for side, value in metrics[name].items():
             label = f"length alone: {value['rule']}" if side == "length_baseline" else side
-            lines.append(f"| {name} | {label} | {cell(value['all'])} | {cell(value['length_matched'])} |")
+            cells = [cell(value[pairs]) for pairs in ("all", "length_matched", "first_words")]
+            lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
     lines += ["", "| score | mean | standard deviation |", "| --- | --- | --- |"]
     scales = config["outputs"] | ({"balanced": config["balanced"]} if "balanced" in config else {})
     lines += [f"| {name} | {scale['mean']:.4f} | {scale['std']:.4f} |" for name, scale in scales.items()]
@@ -359,6 +400,7 @@ def write_card(script_args, args, config: dict, metrics: dict, names: list[str])
         seed=args.seed,
         max_length=script_args.max_length,
         split_seed=script_args.split_seed,
+        cut_share=script_args.cut_share,
         tables="\n".join(lines),
     )
     (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
@@ -384,7 +426,8 @@ Split by prompt, never by row: no held-out prompt occurs in the training pairs o
 ```
 {command}
 ```
-Seed {seed}, split seed {split_seed}.
+Seed {seed}, split seed {split_seed}. In training {cut_share:.0%} of the pairs are cut, both responses after the same
+random number of words, so that an unfinished response is judged by what it says and not by its being short.
 
 ## Accuracy on held-out pairs
 95 % Wilson intervals. Length-matched: word counts (plus one) differ by less than 25 %. The settings were chosen on

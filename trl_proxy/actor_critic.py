@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler, is_async_callable
 
-from .advantages import gae, reward_at_last_step
+from .advantages import gae, step_rewards
 from .config import PPOConfig
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
 from .rewards import check_rewards
@@ -130,8 +130,9 @@ class ActorCriticTrainer(RLOOTrainer):
     # What subclasses provide
 
     def _collect(self, output: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Of the rollout just made: `action_mask` (bool), `action_log_probs`, `state_values`, optionally
-        `step_rewards`, all `(B, T)`, and what `_evaluate_actions` needs, with B in front."""
+        """Of the rollout just made: `action_mask` (bool), `action_positions` (tokens written before the action),
+        `action_log_probs`, `state_values`, optionally `step_rewards`, all `(B, T)`, and what `_evaluate_actions`
+        needs, with B in front."""
         raise NotImplementedError
 
     def _evaluate_actions(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -141,6 +142,28 @@ class ActorCriticTrainer(RLOOTrainer):
     # Rewards
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._scores = []
+        # The same ends on every process, since rewards are gathered.
+        for end in range(self._scored_every(), self.max_completion_length, self._scored_every()):
+            ids = [row[:end] for row in completion_ids_list]
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            if not isinstance(completions[0], str):
+                texts = [[{"role": "assistant", "content": text}] for text in texts]
+            self._scores.append(self._score(self._sound_rewards(inputs, prompts, texts, ids)))
+        # What reward functions log is logged of finished responses.
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+        rewards = self._sound_rewards(inputs, prompts, completions, completion_ids_list)
+        self._scores.append(self._score(rewards))
+        return rewards
+
+    def _scored_every(self) -> int:
+        """Tokens from one score of a response to the next; evaluation scores finished responses alone."""
+        shaping = self.args.reward_shaping_tokens if self.model.training else None
+        return shaping or self.max_completion_length
+
+    def _sound_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        """RLOO's rewards `(all B, functions)`, None being NaN; `RewardError` on every process where one is unsound."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         errors = [guard.error for guard in self._guards if guard.error]
         start = self.accelerator.process_index * len(prompts)
@@ -152,21 +175,19 @@ class ActorCriticTrainer(RLOOTrainer):
         errors = gather_object(errors)
         if errors:
             raise RewardError(errors[0])
-        self._kept_rewards = rewards
         return rewards
 
-    def _episode_rewards(self, n: int) -> torch.Tensor:
-        """What the n episodes of this process earn, `(n,)`: the weighted sum of their rewards, from the mean of the
-        prompt's other responses where there are any (Kool et al. 2019, the leave-one-out baseline of RLOO)."""
-        rewards = (self._kept_rewards * self.reward_weights.to(self._kept_rewards.device)).nansum(-1)
+    def _score(self, rewards: torch.Tensor) -> torch.Tensor:
+        """What the episodes earn, `(all B,)`: the weighted sum of their rewards, from the mean of the prompt's other
+        responses where there are any (Kool et al. 2019, the leave-one-out baseline of RLOO)."""
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
         if self.reward_clip_range:
-            rewards = rewards.clamp(*self.reward_clip_range)
+            scores = scores.clamp(*self.reward_clip_range)
         group = self.num_generations if self.model.training else self.num_generations_eval
         if self.args.group_baseline and group > 1:
-            grouped = rewards.view(-1, group)
-            rewards = ((grouped - grouped.mean(-1, keepdim=True)) * group / (group - 1)).flatten()
-        start = self.accelerator.process_index * n
-        return rewards[start : start + n]
+            grouped = scores.view(-1, group)
+            scores = ((grouped - grouped.mean(-1, keepdim=True)) * group / (group - 1)).flatten()
+        return scores
 
     # Rollout -> advantages
 
@@ -183,9 +204,11 @@ class ActorCriticTrainer(RLOOTrainer):
             raise
         batch = self._collect(output)
         mask, values = batch["action_mask"], batch["state_values"]
-        episode_rewards = self._episode_rewards(len(inputs)).to(values)
-        step_rewards = reward_at_last_step(episode_rewards, mask) + batch.pop("step_rewards", 0.0)
-        advantages, returns = gae(step_rewards, values, mask, self.args.gamma, self.args.gae_lambda)
+        start = self.accelerator.process_index * len(inputs)
+        scores = torch.stack(self._scores, -1)[start : start + len(inputs)].to(values)
+        rewards = step_rewards(scores, batch.pop("action_positions"), mask, self._scored_every())
+        rewards = rewards + batch.pop("step_rewards", 0.0)
+        advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.gae_lambda)
 
         # Moments over the steps of all processes, for whitening and for the critic's explained variance.
         error = (returns - values) * mask

@@ -1,6 +1,7 @@
 """Advantages over decisions. Pure functions; a decision (or a token, when the LM itself is trained) is one step."""
 
 import torch
+import torch.nn.functional as F
 
 
 def gae(
@@ -28,7 +29,22 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def reward_at_last_step(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Puts the reward of an episode `(B,)` at its last step of `mask` `(B, T)`; a row without a step stays zero."""
-    later = mask.flip(-1).long().cumsum(-1).flip(-1) - mask.long()
-    return torch.where(mask & (later == 0), rewards[:, None], 0.0)
+def step_rewards(scores: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, every: int) -> torch.Tensor:
+    """What each step of an episode earns: the change of the response's score until the next step.
+
+    With one score, the finished response's, that is the reward at the episode's last step. With scores of what was
+    written on the way it is potential-based shaping (Ng et al. 1999): the same sum, paid where it arises.
+
+    Args:
+        scores: `(B, C)` float, of the response after `every`, `2 * every`, ... tokens, and in the last column of the
+            finished one.
+        positions: `(B, T)` int64, number of tokens written when the step is taken, at most `C * every - 1`.
+        mask: `(B, T)` bool, True for a step; the steps come first in their row.
+
+    Returns:
+        `(B, T)`, zero outside `mask`; a row's sum is its last score, less what was scored before its first step.
+    """
+    before = F.pad(scores, (1, 0)).gather(1, torch.where(mask, positions // every, 0))
+    followed = F.pad(mask[:, 1:], (0, 1))
+    after = torch.where(followed, F.pad(before[:, 1:], (0, 1)), scores[:, -1:])
+    return torch.where(mask, after - before, 0.0)

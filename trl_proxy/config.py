@@ -140,6 +140,13 @@ class PPOConfig(RLOOConfig):
             "other responses: the critic need not learn which prompts are easy."
         },
     )
+    reward_shaping_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Score a response in training also after every so many tokens, and pay each change of the score "
+            "where it arises; the sum stays the finished response's reward. Costs reward calls, saves episodes."
+        },
+    )
 
     def __post_init__(self):
         try:
@@ -151,6 +158,8 @@ class PPOConfig(RLOOConfig):
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if self.reward_shaping_tokens is not None and self.reward_shaping_tokens < 1:
+            raise ValueError(f"`reward_shaping_tokens` must be at least 1, got {self.reward_shaping_tokens}.")
         if self.use_vllm:
             raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
         if self.use_transformers_continuous_batching:

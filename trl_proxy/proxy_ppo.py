@@ -192,6 +192,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         self._metrics["train" if self.model.training else "eval"]["kl"].append((kl[0] / kl[1]).item())
         batch = {
             "action_mask": rollout.mask,
+            "action_positions": rollout.positions,
             "action_log_probs": _unflatten(log_probs, rollout.mask),
             "state_values": _unflatten(torch.cat([x.state_values for x in judged]), rollout.mask),
             **{f"rollout_{name}": value for name, value in rollout._asdict().items()},

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_unknown_yaml_keys_are_named(script, tmp_path):
     [
         ({"p_t": 0}, "`p_t` must be in (0, 1], got 0.0"),
         ({"temperature": 0}, "`temperature` must be above 0"),
-        ({"max_candidates": 0}, "`max_candidates` must be at least 1"),
+        ({"max_candidates": 0}, "`max_candidates` must be an integer of at least 1"),
         ({"use_vllm": "true"}, "use_vllm"),
         ({"dataset_name": "/nowhere/prompts.jsonl"}, "/nowhere/prompts.jsonl"),
         ({"reward_funcs": "no_such_module.reward"}, "no_such_module"),
@@ -156,3 +157,42 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tiny_run, tmp_path, flags
     assert last.startswith("train_proxy: ")
     assert message in last
     assert "Traceback" not in result.stderr
+
+
+def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
+    """Two gloo ranks on the CPU, launched as on two GPUs; a bad reward on one of them stops both."""
+
+    def run_both(**flags):
+        with socket.socket() as probe:  # a port of its own for each launch
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        launch = [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "--main_process_port", str(port), str(ROOT / "scripts" / "train_proxy.py"),
+        ]  # fmt: skip
+        return subprocess.run(
+            [*launch, *tiny_run(per_device_train_batch_size=2, num_generations=2, **flags)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+
+    result = run_both()
+    assert result.returncode == 0, result.stderr[-2000:]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8
+    model = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "out")
+    assert model.gate.mlp[-1].weight.abs().sum() > 0
+
+    (tmp_path / "my_rewards.py").write_text(
+        "import os\n\n\ndef upper(prompts, completions, **kwargs):\n"
+        "    return [float('nan') if os.environ['RANK'] == '1' else 0.0] * len(prompts)\n"
+    )
+    result = run_both(output_dir=tmp_path / "bad")
+    assert result.returncode != 0
+    assert result.stderr.count("returned nan where a finite number is needed") >= 2
+    assert (tmp_path / "bad" / "checkpoint-0" / "proxy_model.safetensors").is_file()

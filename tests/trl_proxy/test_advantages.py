@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from trl_proxy.advantages import gae, reward_at_last_step
+from trl_proxy.advantages import gae, step_rewards
 
 
 def naive_gae(rewards, values, mask, gamma, gae_lambda):
@@ -51,13 +51,43 @@ def test_gae_with_lambda_one_is_the_return_minus_the_value():
     assert returns.tolist() == [[3.0, 0.0, 3.0, 0.0]]
 
 
+def naive_step_rewards(scores, positions, mask, every):
+    """Row by row: the score of what is written when the next step is taken, less the score at this one."""
+    rewards = torch.zeros(mask.shape, dtype=scores.dtype)
+    for row in range(len(mask)):
+
+        def score(tokens, row=row):
+            return scores[row, tokens // every - 1] if tokens >= every else 0.0
+
+        steps = mask[row].nonzero()[:, 0].tolist()
+        for t, following in zip(steps, [*steps[1:], None]):
+            after = scores[row, -1] if following is None else score(positions[row, following].item())
+            rewards[row, t] = after - score(positions[row, t].item())
+    return rewards
+
+
+@settings(max_examples=40)
+@given(rows=st.integers(1, 4), steps=st.integers(1, 9), every=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_step_rewards_equal_the_naive_loop(rows, steps, every, seed):
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, 12, (rows, steps), generator=generator).sort(-1).values
+    mask = torch.arange(steps) < torch.randint(0, steps + 1, (rows, 1), generator=generator)
+    scores = torch.randn(rows, 11 // every + 1, generator=generator, dtype=torch.float64)
+    rewards = step_rewards(scores, positions, mask, every)
+    torch.testing.assert_close(rewards, naive_step_rewards(scores, positions, mask, every), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("mask", "expected"),
-    [
-        ([[True, True, False]], [[0.0, 5.0, 0.0]]),
-        ([[False, False, False]], [[0.0, 0.0, 0.0]]),
-        ([[True, False, True]], [[0.0, 0.0, 5.0]]),
-    ],
+    [([[True, True, False]], [[0.0, 5.0, 0.0]]), ([[False, False, False]], [[0.0, 0.0, 0.0]])],
 )
-def test_the_reward_comes_at_the_last_decision(mask, expected):
-    assert reward_at_last_step(torch.tensor([5.0]), torch.tensor(mask)).tolist() == expected
+def test_a_single_score_comes_at_the_last_decision(mask, expected):
+    positions = torch.tensor([[0, 4, 0]])
+    assert step_rewards(torch.tensor([[5.0]]), positions, torch.tensor(mask), 8).tolist() == expected
+
+
+def test_scores_on_the_way_are_paid_where_they_arise():
+    scores = torch.tensor([[1.0, -2.0, 3.0]])  # after 4 tokens, after 8, and of the finished response
+    positions = torch.tensor([[0, 0, 3, 9, 10]])
+    rewards = step_rewards(scores, positions, torch.ones(1, 5, dtype=torch.bool), 4)
+    assert rewards.tolist() == [[0.0, 0.0, -2.0, 0.0, 5.0]]

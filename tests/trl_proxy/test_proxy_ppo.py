@@ -351,3 +351,24 @@ def test_load_best_model(train, tmp_path, tiny_tokenizer):
     state = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["global_step"] == 8
     shutil.rmtree(tmp_path / "run")
+
+
+def test_shaping_pays_the_same_reward_where_it_arises(train):
+    """Scores on the way change the advantages, not what is logged of a finished response."""
+    seen, first = {}, {}
+    for every in (None, 4):
+        lengths = seen[every] = set()
+
+        def reward(prompts, completions, log_extra, log_metric, lengths=lengths, **kwargs):
+            lengths.update(map(len, completions))
+            log_extra("length", [len(x) for x in completions])
+            log_metric("calls", 1.0)
+            return upper_case(prompts, completions)
+
+        trainer = train(reward=reward, reward_shaping_tokens=every, name=str(every), logging_steps=1)
+        first[every] = {key: logged(trainer, key)[0] for key in ("reward", "reward_std", "calls", "loss/policy")}
+    assert max(seen[None]) == 10
+    assert {4, 8} <= seen[4]
+    unchanged = ("reward", "reward_std", "calls")
+    assert [first[4][key] for key in unchanged] == [first[None][key] for key in unchanged]
+    assert first[4]["loss/policy"] != first[None]["loss/policy"]

@@ -296,6 +296,21 @@ def test_load_pairs_reads_plain_conversational_and_dialogues(train_reward, tmp_p
         train_reward.load_pairs(str(tmp_path / "bad.jsonl"))
 
 
+def test_a_cut_pair_has_responses_of_the_same_number_of_words(train_reward):
+    row = {"prompt": "p", "chosen": "a b c d e f g h", "rejected": "i j k l m"}
+    lengths = set()
+    for _ in range(200):
+        cut = train_reward.cut(row)
+        assert cut["prompt"] == "p"
+        n = len(cut["chosen"].split())
+        assert row["chosen"].startswith(cut["chosen"])
+        assert row["rejected"].startswith(cut["rejected"])
+        assert len(cut["rejected"].split()) == min(n, 5)
+        lengths.add(n)
+    assert lengths == set(range(3, 9))
+    assert train_reward.first_words("a\nb c", 3) == "a\nb c"
+
+
 @needs_encoder
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_training_writes_a_loadable_reward_for_any_base(architecture, train_reward, tmp_path, monkeypatch):
@@ -334,6 +349,7 @@ def test_training_writes_a_loadable_reward_for_any_base(architecture, train_rewa
     assert config["metrics"]["harmless"]["length_baseline"]["rule"] == "shorter wins"
     assert config["metrics"]["harmless"]["harmless"]["all"]["accuracy"] == 1
     assert config["metrics"]["helpful"]["helpful"]["all"]["accuracy"] == 1
+    assert config["metrics"]["helpful"]["balanced"]["first_words"]["n"] == 8
     assert config["metrics"]["router"]["harmless"]["n"] == 8
     assert load_file(tmp_path / "out" / "harmless" / "adapter_model.safetensors").popitem()[1].dtype == torch.bfloat16
     reward = PreferenceReward.from_pretrained(tmp_path / "out")
