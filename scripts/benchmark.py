@@ -49,6 +49,7 @@ def main(args: BenchmarkArguments) -> dict:
     shared = {**inputs, "max_new_tokens": args.max_new_tokens, "eos_token_id": None}
     configs = {
         "prefix features": ProxyConfig(),
+        "prefix features, pooled": ProxyConfig(pooled_features=True),
         "candidate features": ProxyConfig(features="candidate"),
     }
     models = {name: ProxyModelForCausalLM(lm, config) for name, config in configs.items()}

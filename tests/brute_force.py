@@ -60,9 +60,9 @@ def form_candidates(logits: torch.Tensor, config) -> tuple[list[int], list[float
     return offered, [log_probs[token] for token in offered], min([math.inf, *gaps, *floor_gaps])
 
 
-def gate_logit(gate, hidden, embedding=None, scalars=()) -> float:
+def gate_logit(gate, parts, scalars=()) -> float:
     """LayerNorm of each part, linear layers with ReLU between them, by hand."""
-    x = [F.layer_norm(part.float(), part.shape) for part in (hidden, embedding) if part is not None]
+    x = [F.layer_norm(part.float(), part.shape) for part in parts]
     x = torch.cat([*x, torch.tensor(scalars, dtype=torch.float32)])
     linear = [layer for layer in gate.mlp if isinstance(layer, torch.nn.Linear)]
     for layer in linear[:-1]:
@@ -71,9 +71,9 @@ def gate_logit(gate, hidden, embedding=None, scalars=()) -> float:
 
 
 def run_lm(lm, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token logits `(vocab,)` and last hidden state `(hidden_size,)` after `ids`."""
+    """Next-token logits `(vocab,)` after `ids`, and the last hidden states `(len(ids), hidden_size)`."""
     output = lm(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
-    return output.logits[0, -1].float(), output.hidden_states[-1][0, -1]
+    return output.logits[0, -1].float(), output.hidden_states[-1][0]
 
 
 @torch.no_grad()
@@ -126,20 +126,21 @@ def _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_
                 break
             if config.features == "candidate":
                 scalars = [0.0] * 5
-                _, hidden = run_lm(lm, [*before, token])
-                logit = gate_logit(gate, hidden)
+                state = [run_lm(lm, [*before, token])[1][-1]]
+                logit = gate_logit(gate, state)
             else:
                 log_prob, gap = log_probs[rank], log_probs[0] - log_probs[rank]
                 position = min(len(before), 1024)
                 scalars = [max(log_prob, -20.0) / 4, gap / 4, rank / 16, len(token_ids) / 16, position / 128]
                 _, hidden = run_lm(lm, before)
-                logit = gate_logit(gate, hidden, embeddings[token], scalars)
+                state = [hidden[-1], hidden.mean(0)] if config.pooled_features else [hidden[-1]]
+                logit = gate_logit(gate, [*state, embeddings[token]], scalars)
             if script is None:
                 accept = logit >= threshold
                 row.margin = min(row.margin, abs(logit - threshold))
             else:
                 accept = next(script)
-            asked.append(Decision(token, accept, hidden, len(row.tokens), scalars))
+            asked.append(Decision(token, accept, torch.cat(state), len(row.tokens), scalars))
             if accept:
                 row.accepts += 1
                 break

@@ -43,6 +43,13 @@ class ProxyConfig:
             "token. `candidate`: hidden state at the candidate (the paper's), one LM forward per proposal."
         },
     )
+    pooled_features: bool = field(
+        default=False,
+        metadata={
+            "help": "With prefix features, the gate also reads the mean of the hidden states so far: what the whole "
+            "conversation is about."
+        },
+    )
     gate_hidden_sizes: list[int] = field(
         default_factory=lambda: [256], metadata={"help": "Widths of the gate's hidden layers; the critic's too."}
     )
@@ -70,6 +77,8 @@ class ProxyConfig:
             raise ValueError(f"`initial_accept_bias` must be at least 0, got {self.initial_accept_bias}.")
         if not self.gate_hidden_sizes or min(self.gate_hidden_sizes) < 1:
             raise ValueError(f"`gate_hidden_sizes` must be positive integers, got {self.gate_hidden_sizes}.")
+        if self.pooled_features and self.features != "prefix":
+            raise ValueError(f"`pooled_features` needs features='prefix', got {self.features!r}.")
         for name, allowed in (
             ("p_t_mode", ("relative", "absolute")),
             ("proposal", ("ranked", "sampled")),

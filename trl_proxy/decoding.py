@@ -26,6 +26,11 @@ def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
     return propose(scores, config.p_t, config.p_t_mode, config.max_candidates, config.temperature, config.proposal)
 
 
+def body_of(lm: nn.Module) -> nn.Module:
+    """The LM without its head, also where PEFT wraps it."""
+    return (lm.get_base_model() if hasattr(lm, "get_base_model") else lm).base_model
+
+
 class HiddenTap:
     """Context manager that sees the last hidden state on its way into the LM's head.
 
@@ -43,6 +48,11 @@ class HiddenTap:
     def __exit__(self, *exc) -> None:
         self._hook.remove()
 
+    @property
+    def state(self) -> torch.Tensor:
+        """What the gate reads of the last position, `(batch, state_size)` in the LM's dtype."""
+        return self.hidden[:, -1]
+
     def _tap(self, _module, args):
         self.hidden = args[0]
         hidden = args[0] if self.select is None else self.select(args[0])
@@ -50,13 +60,49 @@ class HiddenTap:
         return (hidden.contiguous(), *args[1:])
 
 
+class PooledTap(HiddenTap):
+    """The same, and the mean of the last hidden states over all positions that the LM has read, padding left out.
+
+    Args:
+        attention_mask: `(batch, prompt length)`. What comes after its width is no padding. The LM may read each
+            distinct prompt once before the rows of the batch go on from it.
+    """
+
+    def __init__(self, lm: nn.Module, attention_mask: torch.Tensor):
+        super().__init__(lm)
+        self.mask, self.seen = attention_mask, 0
+        self.total = self.count = torch.zeros(1, 1, device=attention_mask.device)
+
+    def __enter__(self) -> "PooledTap":
+        # The head gets the last position alone; the body's output has them all.
+        self._body_hook = body_of(self.lm).register_forward_hook(self._pool)
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        self._body_hook.remove()
+        super().__exit__(*exc)
+
+    def _pool(self, _module, _args, output) -> None:
+        hidden = output.last_hidden_state.float()
+        mask = self.mask[:: len(self.mask) // len(hidden), self.seen : self.seen + hidden.shape[1]].to(hidden)
+        mask = nn.functional.pad(mask, (0, hidden.shape[1] - mask.shape[1]), value=1.0)
+        repeats = len(hidden) // len(self.total)
+        self.total = self.total.repeat_interleave(repeats, dim=0) + (hidden * mask[..., None]).sum(1)
+        self.count = self.count.repeat_interleave(repeats, dim=0) + mask.sum(1, keepdim=True)
+        self.seen += hidden.shape[1]
+
+    @property
+    def state(self) -> torch.Tensor:
+        return torch.cat([super().state, (self.total / self.count.clamp(min=1)).to(self.hidden.dtype)], dim=-1)
+
+
 class PrefixGate(LogitsProcessor):
     """The gate as the last logits processor: it leaves one token per row, the accepted candidate.
 
     Args:
-        judge: `(hidden (B, d), candidates (B, K), positions (B,)) -> accept logits (B, K)`.
+        judge: `(hidden (B, state size), candidates (B, K), positions (B,)) -> accept logits (B, K)`.
         config: how candidates are formed.
-        tap: sees the hidden state of the step.
+        tap: sees the state of the step.
         attention_mask: `(B, prompt length)` of the prompts.
         threshold, sample: see `gate.decide`.
         keep_hidden: keep what a [`rollout.Rollout`] needs.
@@ -71,7 +117,7 @@ class PrefixGate(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         positions = self.prompt_lengths + (input_ids.shape[1] - self.prompt_width)
-        hidden = self.tap.hidden[:, -1]
+        hidden = self.tap.state
         candidates = propose_for(self.config, scores)
         accept = decide(self.judge(hidden, candidates, positions), self.threshold, self.sample)
         rank = accepted_rank(accept, candidates.mask)

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StopStringCriteria
 from transformers.utils import logging
 
-from .decoding import HiddenTap, PrefixGate, StopRecorder, candidate_decode
+from .decoding import HiddenTap, PooledTap, PrefixGate, StopRecorder, candidate_decode
 from .rollout import ProxyGenerateOutput, record_steps
 
 logger = logging.get_logger(__name__)
@@ -115,10 +115,13 @@ class GatedGeneration:
             )
             return output if return_dict else output.sequences
 
-        if repeats > 1 and options.get("past_key_values") is None:
-            options["past_key_values"] = self._prefill_once(*prompts, repeats)
+        cache = options.get("past_key_values")
+        if config.pooled_features and cache is not None and cache.get_seq_length():
+            raise ValueError("Pooled features need the whole prompt: pass no filled `past_key_values`.")
         stops = StopRecorder(criteria)
-        with HiddenTap(self.lm) as tap:
+        with PooledTap(self.lm, attention_mask) if config.pooled_features else HiddenTap(self.lm) as tap:
+            if repeats > 1 and cache is None:
+                options["past_key_values"] = self._prefill_once(*prompts, repeats)
             gate = PrefixGate(self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout)
             output = self.lm.generate(
                 input_ids,

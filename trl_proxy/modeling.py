@@ -11,6 +11,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import HfApi
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from .candidates import NUM_SCALARS, Candidates, candidate_scalars
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, propose_for
+from .decoding import HiddenTap, body_of, propose_for
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
 from .rollout import Rollout
@@ -52,6 +53,8 @@ class Proxy(nn.Module):
         self.config = config
         prefix = config.features == "prefix"
         sizes = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
+        if config.pooled_features:
+            sizes.insert(1, config.hidden_size)
         scalars = NUM_SCALARS if prefix else 0
         self.gate = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, config.initial_accept_bias)
         self.critic = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, 0.0)
@@ -101,6 +104,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         self.proxies = nn.ModuleDict()
         self.active_proxy = "default"
         self._proxy_disabled = False
+        # Sum and number of the hidden states that a cache stands for, where pooled features need them.
+        self._pools: WeakKeyDictionary = WeakKeyDictionary()
         self.proxies["default"] = self._new_proxy(proxy_config or ProxyConfig())
         # Neither broadcast nor reduced by DDP: every process loads the same frozen LM.
         self._ddp_params_and_buffers_to_ignore = [
@@ -220,7 +225,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         """What [`gate`] and [`critic`] read.
 
         Args:
-            hidden: `(N, hidden_size)`: before the candidate (prefix features) or at it (candidate features).
+            hidden: `(N, state_size)`: before the candidate (prefix features; with pooled features the mean of the
+                states so far behind it) or at it (candidate features).
             token_ids: `(N,)` int64, the candidates; prefix features only.
             scalars: `(N, NUM_SCALARS)`, see `candidates.candidate_scalars`; prefix features only.
 
@@ -291,7 +297,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                 "train one with features='prefix'."
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        with HiddenTap(self.lm) as tap:
+        with HiddenTap(self.lm) as tap, self._record_body() as body:
             output = self.lm(**inputs)
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if position_ids is None:
@@ -303,7 +309,11 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         keep = slice(-keep, None) if isinstance(keep, int) else keep  # as transformers slices the hidden states
         positions = (position_ids[:, keep] + 1).expand(output.logits.shape[:2]).flatten()
         candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
-        accept_logits = self._judge_prefix(tap.hidden.flatten(0, 1), candidates, positions)
+        hidden = tap.hidden
+        if self.proxy_config.pooled_features:
+            pooled = self._pool_so_far(body[0], attention_mask, past, past_key_values, output)
+            hidden = torch.cat([hidden, pooled[:, keep].to(hidden.dtype)], dim=-1)
+        accept_logits = self._judge_prefix(hidden.flatten(0, 1), candidates, positions)
         log_probs = gated_log_probs(accept_logits - self.proxy_config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits.scatter_(-1, candidates.token_ids, log_probs)
@@ -313,6 +323,30 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                 logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size
             )
         return output
+
+    @contextmanager
+    def _record_body(self):
+        """A list that gets the last hidden states `(batch, length, hidden_size)` of every forward of the LM's body."""
+        body: list[torch.Tensor] = []
+        hook = body_of(self.lm).register_forward_hook(lambda _m, _a, output: body.append(output.last_hidden_state))
+        try:
+            yield body
+        finally:
+            hook.remove()
+
+    def _pool_so_far(self, hidden, attention_mask, past: int, cache, output) -> torch.Tensor:
+        """Mean `(batch, length, hidden_size)` of the hidden states up to each position, the cache's included."""
+        mask = torch.ones(hidden.shape[:2], device=hidden.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -hidden.shape[1] :].to(mask)
+        total, count = (hidden.float() * mask[..., None]).cumsum(1), mask.cumsum(1)
+        if past:
+            if cache not in self._pools:
+                raise ValueError("Pooled features need to have seen the whole text: this cache was filled elsewhere.")
+            total, count = total + self._pools[cache][0][:, None], count + self._pools[cache][1][:, None]
+        if output.get("past_key_values") is not None:
+            self._pools[output.past_key_values] = (total[:, -1], count[:, -1])
+        return total / count.clamp(min=1)[..., None]
 
     # Saving and loading
 

@@ -21,4 +21,4 @@ def test_it_times_every_method(tmp_path, tiny_lm, tiny_tokenizer, load_script):
     assert found["prefix features"]["lm_forwards_per_token"] == 1.0
     assert found["candidate features"]["lm_forwards_per_token"] > 1.0
     assert found["generate, sampled"]["ratio"] == 1.0
-    assert all(found[name]["tokens_per_second"] > 0 for name in ("generate, greedy", "prefix features"))
+    assert all(found[name]["tokens_per_second"] > 0 for name in ("generate, greedy", "prefix features, pooled"))

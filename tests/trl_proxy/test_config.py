@@ -54,10 +54,13 @@ def test_round_trip(tmp_path):
         base_model_name_or_path="somewhere/some-lm",
     )
     defaults = ProxyConfig()
-    assert all(getattr(config, f.name) != getattr(defaults, f.name) for f in dataclasses.fields(config))
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(defaults, f.name)}
+    assert changed == {f.name for f in dataclasses.fields(config)} - {"pooled_features"}  # it needs prefix features
     config.save_pretrained(tmp_path / "new" / "folder")
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["proxy_config.json"]
     assert ProxyConfig.from_pretrained(tmp_path / "new" / "folder") == config
+    ProxyConfig(pooled_features=True).save_pretrained(tmp_path / "pooled")
+    assert ProxyConfig.from_pretrained(tmp_path / "pooled").pooled_features
 
 
 def test_unknown_keys_are_named(tmp_path):

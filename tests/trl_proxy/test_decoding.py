@@ -289,6 +289,7 @@ def cases(draw):
         scale=draw(st.sampled_from([0.5, 3.0])),
         threshold=draw(st.sampled_from([-1.0, 0.0, 0.7])),
         repetition_penalty=draw(st.sampled_from([None, 1.5])),
+        pooled=draw(st.booleans()),
     )
 
 
@@ -304,6 +305,7 @@ def test_fast_equals_brute_force(tiny_lm, ragged_batch, with_random_gate, brute_
         max_candidates=case.max_candidates,
         temperature=case.temperature,
         threshold=case.threshold,
+        pooled_features=case.pooled and features == "prefix",
         gate_hidden_sizes=[32],
     )
     prompts = ragged_batch(case.lengths, case.seed)
@@ -335,6 +337,7 @@ def test_sampled_decisions_are_recorded_as_taken(tiny_lm, ragged_batch, with_ran
         p_t=case.p_t,
         p_t_mode=case.p_t_mode,
         max_candidates=case.max_candidates,
+        pooled_features=case.pooled and features == "prefix",
         gate_hidden_sizes=[32],
     )
     prompts = ragged_batch(case.lengths, case.seed)
@@ -460,8 +463,9 @@ def test_rollout_features_are_what_the_gate_read(tiny_lm, ragged_batch, with_ran
     assert torch.equal(logits >= 0.3, rollout.accept[rollout.mask])
     rows = brute_force.decode(model, **prompts, max_new_tokens=12)
     embeddings = model.get_input_embeddings().weight
-    extra = lambda d: (embeddings[d.token_id], d.scalars) if features == "prefix" else ()  # noqa: E731
-    expected = [brute_force.gate_logit(model.gate, d.hidden, *extra(d)) for row in rows for d in row.decisions]
+    parts = lambda d: [d.hidden, embeddings[d.token_id]] if features == "prefix" else [d.hidden]  # noqa: E731
+    scalars = lambda d: d.scalars if features == "prefix" else ()  # noqa: E731
+    expected = [brute_force.gate_logit(model.gate, parts(d), scalars(d)) for row in rows for d in row.decisions]
     torch.testing.assert_close(logits, torch.tensor(expected), atol=1e-3, rtol=0)
 
 
@@ -560,7 +564,7 @@ def test_sequential_decisions_with_candidate_features(tiny_lm, ragged_batch, wit
     left, probabilities = 1.0, np.zeros(96)
     for rank, token in enumerate(token_ids):
         _, hidden = brute_force.run_lm(model.lm, [*prompt[0].tolist(), token])
-        logit = torch.tensor(brute_force.gate_logit(model.gate, hidden))
+        logit = torch.tensor(brute_force.gate_logit(model.gate, [hidden[-1]]))
         accept = 1.0 if rank == len(token_ids) - 1 else torch.sigmoid(logit).item()
         probabilities[token] = left * accept
         left *= 1.0 - accept

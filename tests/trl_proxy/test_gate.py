@@ -132,7 +132,7 @@ def test_mlp_by_hand(brute_force):
     mlp = ProxyMLP([6, 4], 3, [8, 5], bias=0.5)
     torch.nn.init.normal_(mlp.mlp[-1].weight)
     features = torch.randn(10, 13)
-    expected = [brute_force.gate_logit(mlp, f[:6], f[6:10], f[10:].tolist()) for f in features]
+    expected = [brute_force.gate_logit(mlp, [f[:6], f[6:10]], f[10:].tolist()) for f in features]
     torch.testing.assert_close(mlp(features), torch.tensor(expected))
     scaled = features.clone()
     scaled[:, :6] = features[:, :6] * 100 + 7

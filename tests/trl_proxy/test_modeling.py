@@ -53,7 +53,7 @@ def test_gated_logits_by_hand(gated, ragged_batch, brute_force, kind):
             gap, position = log_probs[0] - log_probs[rank], i + 1
             scalars = [log_probs[rank] / 4, gap / 4, rank / 16, len(token_ids) / 16, position / 128]
             logit = brute_force.gate_logit(
-                model.gate, plain.hidden_states[-1][0, i], embeddings[token].detach(), scalars
+                model.gate, [plain.hidden_states[-1][0, i], embeddings[token].detach()], scalars
             )
             accept = 1.0 if rank == len(token_ids) - 1 else 1 / (1 + np.exp(0.4 - logit))
             expected[token] = left * accept
@@ -63,9 +63,10 @@ def test_gated_logits_by_hand(gated, ragged_batch, brute_force, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cached_equals_full_forward(gated, ragged_batch, kind):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_cached_equals_full_forward(gated, ragged_batch, kind, pooled):
     """In two pieces, token by token, and with the last logits alone."""
-    model, ids = gated(kind), ragged_batch((10,))["input_ids"]
+    model, ids = gated(kind, pooled_features=pooled), ragged_batch((10,))["input_ids"]
     with torch.no_grad():
         full = model(ids).logits.exp()
         first = model(ids[:, :6], use_cache=True)
@@ -78,9 +79,10 @@ def test_cached_equals_full_forward(gated, ragged_batch, kind):
         torch.testing.assert_close(model(ids, logits_to_keep=3).logits.exp(), full[:, -3:], atol=1e-4, rtol=0)
 
 
-def test_chosen_positions_equal_the_full_forward(gated, ragged_batch):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_chosen_positions_equal_the_full_forward(gated, ragged_batch, pooled):
     """`logits_to_keep` may also be a tensor of indices, as for every causal LM."""
-    model, ids = gated(), ragged_batch((10,))["input_ids"]
+    model, ids = gated(pooled_features=pooled), ragged_batch((10,))["input_ids"]
     keep = torch.tensor([0, 3, 4])
     with torch.no_grad():
         found = model(ids, logits_to_keep=keep).logits.exp()
@@ -88,8 +90,9 @@ def test_chosen_positions_equal_the_full_forward(gated, ragged_batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_left_padding_is_irrelevant(gated, ragged_batch, kind):
-    model, prompts = gated(kind), ragged_batch(LENGTHS)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_left_padding_is_irrelevant(gated, ragged_batch, kind, pooled):
+    model, prompts = gated(kind, pooled_features=pooled), ragged_batch(LENGTHS)
     with torch.no_grad():
         batch = model(**prompts, position_ids=position_ids(prompts["attention_mask"])).logits.exp()
         for row, length in enumerate(LENGTHS):
@@ -98,9 +101,10 @@ def test_left_padding_is_irrelevant(gated, ragged_batch, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_left_padding_without_position_ids(gated, ragged_batch, kind):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_left_padding_without_position_ids(gated, ragged_batch, kind, pooled):
     """Rotary positions are relative, and the gate counts its own: the mask alone is enough, cached too."""
-    model, prompts = gated(kind), ragged_batch(LENGTHS)
+    model, prompts = gated(kind, pooled_features=pooled), ragged_batch(LENGTHS)
     mask = prompts["attention_mask"]
     with torch.no_grad():
         batch = model(**prompts).logits.exp()
@@ -113,11 +117,11 @@ def test_left_padding_without_position_ids(gated, ragged_batch, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("threshold", [0.0, 0.5])
-def test_greedy_decisions_of_generate_agree_with_forward(gated, ragged_batch, kind, threshold):
+@pytest.mark.parametrize(("threshold", "pooled"), [(0.0, False), (0.5, False), (0.0, True)])
+def test_greedy_decisions_of_generate_agree_with_forward(gated, ragged_batch, kind, threshold, pooled):
     """Two doors, one function: the first candidate whose conditional accept probability in `forward` is at least one
     half, else the last one, is the token that greedy decisions give."""
-    model, prompts = gated(kind, threshold=threshold), ragged_batch(LENGTHS)
+    model, prompts = gated(kind, threshold=threshold, pooled_features=pooled), ragged_batch(LENGTHS)
     width = prompts["input_ids"].shape[1]
     output = model.generate(**prompts, max_new_tokens=12, eos_token_id=-1, return_dict_in_generate=True)
     assert output.decisions.rank_sum.sum() > 10
@@ -588,3 +592,24 @@ def test_tokenizer_and_models_share_a_vocabulary(tiny_tokenizer, tiny_lm):
     chat = tiny_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "u:Hi<eos>a:"
     assert gated_log_probs(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)).exp().tolist() == [[0.5, 0.5]]
+
+
+def test_pooled_features_need_the_whole_text(gated, ragged_batch):
+    """A cache that was filled elsewhere cannot be pooled over; it is said, not guessed."""
+    model, ids = gated(pooled_features=True), ragged_batch((6,))["input_ids"]
+    with torch.no_grad():
+        cache = model.lm(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="this cache was filled elsewhere"):
+        model(ids[:, -1:], past_key_values=cache)
+    with pytest.raises(ValueError, match="pass no filled `past_key_values`"):
+        model.generate(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="`pooled_features` needs features='prefix', got 'candidate'"):
+        ProxyConfig(features="candidate", pooled_features=True)
+
+
+def test_pooled_features_with_several_sequences_per_prompt(gated, ragged_batch):
+    model, prompts = gated(pooled_features=True), ragged_batch(LENGTHS)
+    once = model.generate(**prompts, max_new_tokens=10)
+    assert torch.equal(
+        model.generate(**prompts, max_new_tokens=10, num_return_sequences=3), once.repeat_interleave(3, 0)
+    )
