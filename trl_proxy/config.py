@@ -191,6 +191,13 @@ class ProxyPPOConfig(PPOConfig):
     beta: float = field(
         default=0.0, metadata={"help": "Weight of the KL penalty to the frozen LM, per decision; needs no second LM."}
     )
+    lm_logp_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the frozen LM's log-probability of a token, paid to the decision that lets it through: "
+            "responses stay what the LM finds plausible. Unlike `beta` it does not ask the gate to be undecided."
+        },
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Responses decoded at once on each device; all of a rollout's if not set."}
     )

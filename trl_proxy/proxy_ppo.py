@@ -197,9 +197,12 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             "state_values": _unflatten(torch.cat([x.state_values for x in judged]), rollout.mask),
             **{f"rollout_{name}": value for name, value in rollout._asdict().items()},
         }
-        if self.args.beta:
-            # The same estimate as a penalty, at the decisions. Where none was taken there is nothing to learn from it.
-            batch["step_rewards"] = self.args.beta * (rollout.lm_log_probs - batch["action_log_probs"]) * rollout.mask
+        beta, coef = self.args.beta, self.args.lm_logp_coef
+        if beta or coef:
+            # The estimate of the KL as a penalty, and the price of what the LM finds unlikely, at the decisions. Where
+            # none was taken there is nothing to learn from it.
+            price = (beta + coef) * rollout.lm_log_probs - beta * batch["action_log_probs"]
+            batch["step_rewards"] = price * rollout.mask
         return batch
 
     # Update

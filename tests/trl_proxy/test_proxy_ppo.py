@@ -229,6 +229,12 @@ def test_kl_penalty_pulls_towards_the_lm(train):
     assert held.args.beta == 2.0
 
 
+def test_the_price_of_unlikely_tokens_keeps_text_plausible(train):
+    free = train(max_steps=120, lr_scheduler_type="constant", name="free")
+    held = train(max_steps=120, lr_scheduler_type="constant", name="held", lm_logp_coef=1.0)
+    assert logged(held, "lm_logp_per_token")[-1] > logged(free, "lm_logp_per_token")[-1] + 0.1
+
+
 def test_evaluation_takes_greedy_decisions(train):
     trainer = train(call=False, per_device_eval_batch_size=16, num_generations_eval=1)
     data = Dataset.from_dict({"prompt": PROMPTS[:16]})

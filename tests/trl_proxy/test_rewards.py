@@ -72,7 +72,7 @@ def test_shipped_adapter_names_its_base_by_package():
 
 def test_shipped_metrics_beat_the_length_baseline():
     metrics = json.loads((EMBEDDED_REWARD / "reward_config.json").read_text())["metrics"]
-    for source, least in (("harmless", 0.65), ("helpful", 0.64)):
+    for source, least in (("harmless", 0.65), ("helpful", 0.66)):
         score, baseline = metrics[source]["balanced"], metrics[source]["length_baseline"]
         assert score["all"]["accuracy"] >= least
         for pairs in ("all", "length_matched"):
