@@ -162,6 +162,8 @@ def main(
     if state and state.global_step >= state.max_steps:
         # transformers would train one step more.
         trainer.accelerator.print(f"{checkpoint} is the end of this run: nothing left to train.")
+        if training_args.load_best_model_at_end and state.best_global_step:
+            checkpoint = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{state.best_global_step}")
         model.proxy.load_weights(os.path.join(checkpoint, WEIGHTS_NAME))
         trainer.state = state
     else:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler, is_async_callable
@@ -278,18 +279,20 @@ class ActorCriticTrainer(RLOOTrainer):
         """Under a temporary name, then renamed: a run that is killed here leaves its last checkpoint whole."""
         run_dir = self._get_output_dir(trial)
         name = f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = False
+        if self.state.best_global_step:
+            # Transformers has looked for it where this checkpoint stands for now.
+            self.state.best_model_checkpoint = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            final = os.path.join(run_dir, name)
+            staged, final = os.path.join(run_dir, ".partial", name), os.path.join(run_dir, name)
+            self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
             shutil.rmtree(final, ignore_errors=True)
-            os.replace(os.path.join(run_dir, ".partial", name), final)
+            os.replace(staged, final)
             shutil.rmtree(os.path.join(run_dir, ".partial"), ignore_errors=True)
             rotate_checkpoints(
                 output_dir=run_dir,
