@@ -21,6 +21,7 @@ import dataclasses
 import json
 import os
 import resource
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -120,7 +121,7 @@ def measured(trainer: ProxyPPOTrainer) -> dict[str, float]:
 
 def main(
     script_args: ProxyScriptArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig
-) -> None:
+) -> ProxyPPOTrainer:
     """Loads everything, trains, saves the proxy to `output_dir`."""
     proxy_config = ProxyConfig(**dataclasses.asdict(proxy_args), temperature=training_args.temperature)
     run = identity(script_args, training_args, model_args, proxy_config)
@@ -177,10 +178,23 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
+    return trainer
+
+
+def leave(status: int) -> None:
+    """Ends the process. One of several ends without taking its objects apart: the last reference to a gloo process
+    group is DDP's, its destructor waits for a thread, and now and then that thread waits for the interpreter."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
     try:
-        main(*make_parser().parse_args_and_config())
+        trainer = main(*make_parser().parse_args_and_config())
     except (ValueError, RewardError) as error:
-        raise SystemExit(f"train_proxy: {error}") from error
+        print(f"train_proxy: {error}", file=sys.stderr)
+        leave(1)
+    leave(0)
