@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -297,7 +297,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                 "train one with features='prefix'."
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        with HiddenTap(self.lm) as tap, self._record_body() as body:
+        pooled_features = self.proxy_config.pooled_features
+        with HiddenTap(self.lm) as tap, self._record_body() if pooled_features else nullcontext() as body:
             output = self.lm(**inputs)
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if position_ids is None:
@@ -310,7 +311,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         positions = (position_ids[:, keep] + 1).expand(output.logits.shape[:2]).flatten()
         candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
         hidden = tap.hidden
-        if self.proxy_config.pooled_features:
+        if pooled_features:
             pooled = self._pool_so_far(body[0], attention_mask, past, past_key_values, output)
             hidden = torch.cat([hidden, pooled[:, keep].to(hidden.dtype)], dim=-1)
         accept_logits = self._judge_prefix(hidden.flatten(0, 1), candidates, positions)
