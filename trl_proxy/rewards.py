@@ -234,6 +234,13 @@ class PreferenceReward:
         )
         return (logits[:, 0] - scale["mean"]) / scale["std"]
 
+    def score_kind(
+        self, name: str, prompts: Sequence, completions: Sequence, kind: Sequence[str]
+    ) -> tuple[list[int], torch.Tensor]:
+        """The rows whose `kind` is `name`, and their scores by the output that judges that kind."""
+        rows = [i for i, of_row in enumerate(kind) if of_row == name]
+        return rows, self.score(KINDS[name], [prompts[i] for i in rows], [completions[i] for i in rows])
+
     def __call__(
         self, prompts: Sequence, completions: Sequence, kind: Sequence[str] | None = None, **kwargs
     ) -> list[float]:
@@ -258,9 +265,9 @@ class PreferenceReward:
             return self.score(self.side, prompts, completions).tolist()
         if kind is not None and set(kind) <= KINDS.keys() and set(KINDS.values()) <= self.models.keys():
             scores = torch.zeros(len(prompts))
-            for name, output in KINDS.items():
-                rows = [i for i, of_row in enumerate(kind) if of_row == name]
-                scores[rows] = self.score(output, [prompts[i] for i in rows], [completions[i] for i in rows])
+            for name in KINDS:
+                rows, of_kind = self.score_kind(name, prompts, completions, kind)
+                scores[rows] = of_kind
             return scores.tolist()
         balanced = self.config["balanced"]
         first, second = (self.score(name, prompts, completions) for name in balanced["outputs"])
@@ -320,9 +327,8 @@ def _on_kind(name: str, prompts: Sequence, completions: Sequence, kind: Sequence
     if kind is None:
         raise ValueError(f"The reward of {name} prompts needs the dataset column `kind`, which says what a prompt is.")
     scores: list[float | None] = [None] * len(prompts)
-    rows = [i for i, of_row in enumerate(kind) if of_row == name]
-    reward = _embedded(KINDS[name])
-    for i, score in zip(rows, reward([prompts[i] for i in rows], [completions[i] for i in rows]), strict=True):
+    rows, of_kind = _embedded(KINDS[name]).score_kind(name, prompts, completions, kind)
+    for i, score in zip(rows, of_kind.tolist(), strict=True):
         scores[i] = score
     return scores
 
