@@ -61,9 +61,9 @@ def form_candidates(logits: torch.Tensor, config) -> tuple[list[int], list[float
 
 
 def gate_logit(gate, parts, scalars=()) -> float:
-    """LayerNorm of each part, linear layers with ReLU between them, by hand."""
-    x = [F.layer_norm(part.float(), part.shape) for part in parts]
-    x = torch.cat([*x, torch.tensor(scalars, dtype=torch.float32)])
+    """LayerNorm of each part, standardised, linear layers with ReLU between them, by hand."""
+    x = torch.cat([F.layer_norm(part.float(), part.shape) for part in parts])
+    x = torch.cat([(x - gate.feature_mean) / gate.feature_std, torch.tensor(scalars, dtype=torch.float32)])
     linear = [layer for layer in gate.mlp if isinstance(layer, torch.nn.Linear)]
     for layer in linear[:-1]:
         x = (layer.weight @ x + layer.bias).clamp(min=0.0)

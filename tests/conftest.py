@@ -143,6 +143,8 @@ def with_random_gate():
             for network in (model.gate, model.critic):
                 first, _, last = network.mlp
                 half, size = first.out_features // 2, first.in_features
+                moments = torch.rand(2, sum(network.part_sizes), generator=generator)
+                network.standardise(moments[0] - 0.5, moments[1] + 0.5)
                 # Units in pairs of opposite sign: without them all logits share one offset far from `bias`.
                 weight = torch.randn(half, size, generator=generator) * (2 / size) ** 0.5
                 first.weight.copy_(torch.cat([weight, -weight]))

@@ -12,11 +12,12 @@ from torch import nn
 
 
 class ProxyMLP(nn.Module):
-    """LayerNorm -> MLP -> one number per decision; used for the accept logit and for the state value.
+    """LayerNorm -> standardise -> MLP -> one number per decision; used for the accept logit and for the state value.
 
     Args:
         part_sizes: sizes of the feature's parts, in order. Each is normalised by itself (an LM's last hidden state and
-            its embeddings differ in scale by orders of magnitude).
+            its embeddings differ in scale by orders of magnitude). What is the same in all texts, such as the chat
+            template in the mean of the hidden states, would drown what differs: [`standardise`] takes it out.
         num_scalars: trailing features that are passed through as they are.
         hidden_sizes: widths of the hidden layers.
         bias: initial output. The last layer starts at zero, so a new network returns `bias` everywhere.
@@ -25,6 +26,8 @@ class ProxyMLP(nn.Module):
     def __init__(self, part_sizes: list[int], num_scalars: int, hidden_sizes: list[int], bias: float):
         super().__init__()
         self.part_sizes, self.num_scalars = list(part_sizes), num_scalars
+        self.register_buffer("feature_mean", torch.zeros(sum(part_sizes)))
+        self.register_buffer("feature_std", torch.ones(sum(part_sizes)))
         sizes = [sum(part_sizes) + num_scalars, *hidden_sizes]
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(sizes):
@@ -37,9 +40,24 @@ class ProxyMLP(nn.Module):
         """`(..., feature_size)` of any float dtype -> `(...)` float32."""
         # PPO's ratios need float32 even where the LM runs in bfloat16 autocast.
         with torch.autocast(features.device.type, enabled=False):
-            *parts, scalars = features.float().split([*self.part_sizes, self.num_scalars], dim=-1)
-            parts = [F.layer_norm(part, part.shape[-1:]) for part in parts]
-            return self.mlp(torch.cat([*parts, scalars], dim=-1)).squeeze(-1)
+            parts, scalars = self.normalise(features)
+            parts = (parts - self.feature_mean) / self.feature_std
+            return self.mlp(torch.cat([parts, scalars], dim=-1)).squeeze(-1)
+
+    def normalise(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(..., feature_size)` -> the parts after LayerNorm `(..., sum(part_sizes))` and the scalars, float32."""
+        *parts, scalars = features.float().split([*self.part_sizes, self.num_scalars], dim=-1)
+        return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1), scalars
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the last layer is zero still, so that the output depends on no feature."""
+        return not self.mlp[-1].weight.any()
+
+    def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Sets the moments, `(sum(part_sizes),)` each, of the parts after LayerNorm over typical features."""
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std.clamp(min=1e-3))
 
 
 def gated_log_probs(accept_logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -183,6 +183,8 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with torch.no_grad():
             features = model.rollout_features(rollout)
+            if self.model.training and model.gate.is_new:
+                self._standardise(model, features)
             judged = [model(gate_features=features[i : i + _CHUNK]) for i in range(0, max(len(features), 1), _CHUNK)]
         logits = torch.cat([x.accept_logits for x in judged]) - model.proxy_config.threshold
         log_probs, _ = _bernoulli(logits, rollout.accept[rollout.mask])
@@ -204,6 +206,18 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             price = (beta + coef) * rollout.lm_log_probs - beta * batch["action_log_probs"]
             batch["step_rewards"] = price * rollout.mask
         return batch
+
+    def _standardise(self, model: ProxyModelForCausalLM, features: torch.Tensor) -> None:
+        """Moments of the gate's input over the first rollout of all processes, kept from then on: observation
+        normalisation (Andrychowicz et al. 2021, arXiv 2006.05990, section 3.3). The decisions of a new gate do not
+        depend on them."""
+        parts, _ = model.gate.normalise(features)
+        sums = torch.cat([parts.new_tensor([len(parts)]), parts.sum(0), parts.square().sum(0)])
+        count, sums = (total := self.accelerator.reduce(sums, reduction="sum"))[0], total[1:]
+        mean, square = (sums / count.clamp(min=1)).chunk(2)
+        if count > 1:
+            for network in (model.gate, model.critic):
+                network.standardise(mean, (square - mean.square()).clamp(min=0).sqrt())
 
     # Update
 

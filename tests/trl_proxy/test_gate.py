@@ -128,8 +128,9 @@ def test_last_candidate_and_accepted_rank():
 
 
 def test_mlp_by_hand(brute_force):
-    """LayerNorm of each part by itself, ReLU between the layers, scalars as they are."""
+    """LayerNorm of each part by itself, standardised, ReLU between the layers, scalars as they are."""
     mlp = ProxyMLP([6, 4], 3, [8, 5], bias=0.5)
+    mlp.standardise(torch.randn(10), torch.rand(10) + 0.1)
     torch.nn.init.normal_(mlp.mlp[-1].weight)
     features = torch.randn(10, 13)
     expected = [brute_force.gate_logit(mlp, [f[:6], f[6:10]], f[10:].tolist()) for f in features]

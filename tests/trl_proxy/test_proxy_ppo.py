@@ -26,7 +26,9 @@ def upper_case(prompts, completions, **kwargs):
 def train(tmp_path, tiny_lm, tiny_tokenizer):
     """`train(features, reward, resume=None, name=..., **config)` -> the trainer, after training."""
 
-    def run(features="prefix", reward=upper_case, resume=None, name="run", dataset=None, call=True, **config):
+    def run(
+        features="prefix", pooled=False, reward=upper_case, resume=None, name="run", dataset=None, call=True, **config
+    ):
         settings = {
             "output_dir": str(tmp_path / name),
             "use_cpu": True,
@@ -46,7 +48,8 @@ def train(tmp_path, tiny_lm, tiny_tokenizer):
         }
         torch.manual_seed(0)
         model = ProxyModelForCausalLM(
-            tiny_lm("llama"), ProxyConfig(features=features, p_t=0.001, gate_hidden_sizes=[32])
+            tiny_lm("llama"),
+            ProxyConfig(features=features, pooled_features=pooled, p_t=0.001, gate_hidden_sizes=[32]),
         )
         trainer = ProxyPPOTrainer(
             model=model,
@@ -68,7 +71,8 @@ def logged(trainer, key):
 
 @pytest.mark.parametrize("features", ["prefix", "candidate"])
 def test_it_learns(train, features):
-    trainer = train(features, max_steps=200, lr_scheduler_type="constant", group_baseline=False)
+    steps = 200 if features == "prefix" else 480
+    trainer = train(features, max_steps=steps, lr_scheduler_type="constant", group_baseline=False)
     reward = logged(trainer, "reward")
     assert sum(reward[-5:]) / 5 > sum(reward[:3]) / 3 + 0.15
     assert max(logged(trainer, "explained_variance")) > 0.05
@@ -80,6 +84,22 @@ def test_it_learns(train, features):
     assert all(value == 1.0 for value in forwards) if features == "prefix" else min(forwards) > 1.0
     for key in ("reward_std", "approx_kl", "decisions_per_token", "episodes_per_second", "tokens_per_second"):
         assert all(math.isfinite(value) for value in logged(trainer, key))
+
+
+@pytest.mark.parametrize(("features", "pooled"), [("prefix", False), ("prefix", True), ("candidate", False)])
+def test_the_first_rollout_standardises_what_the_gate_reads(train, features, pooled, monkeypatch):
+    rollouts = []
+    collect = ProxyPPOTrainer._collect
+    monkeypatch.setattr(
+        ProxyPPOTrainer, "_collect", lambda self, output: rollouts.append(self._rollout) or collect(self, output)
+    )
+    model = train(features, pooled, max_steps=16, num_iterations=4).model
+    assert len(rollouts) == 2
+    parts = model.gate.normalise(model.rollout_features(rollouts[0]))[0]
+    assert len(parts) > 30
+    for network in (model.gate, model.critic):
+        torch.testing.assert_close(network.feature_mean, parts.mean(0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(network.feature_std, parts.std(0, correction=0).clamp(min=1e-3), atol=1e-4, rtol=0)
 
 
 def test_the_lm_is_unchanged_and_alone_the_proxy_is_saved(train, tiny_lm, tmp_path):
