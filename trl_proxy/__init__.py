@@ -2,8 +2,9 @@
 
 from .config import PPOConfig, ProxyConfig, ProxyPPOConfig
 from .modeling import ProxyModelForCausalLM
+from .ppo import PPOTrainer
 from .proxy_ppo import ProxyPPOTrainer
 
-__all__ = ["PPOConfig", "ProxyConfig", "ProxyModelForCausalLM", "ProxyPPOConfig", "ProxyPPOTrainer"]
+__all__ = ["PPOConfig", "PPOTrainer", "ProxyConfig", "ProxyModelForCausalLM", "ProxyPPOConfig", "ProxyPPOTrainer"]
 
 __version__ = "0.1.0"

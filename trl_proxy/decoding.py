@@ -7,6 +7,7 @@ transformers' own `generate`. With candidate features a proposal has to be fed t
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,17 @@ def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
 def body_of(lm: nn.Module) -> nn.Module:
     """The LM without its head, also where PEFT wraps it."""
     return (lm.get_base_model() if hasattr(lm, "get_base_model") else lm).base_model
+
+
+@contextmanager
+def record_body(lm: nn.Module):
+    """A list that gets the last hidden states `(batch, length, hidden_size)` of every forward of the LM's body."""
+    body: list[torch.Tensor] = []
+    hook = body_of(lm).register_forward_hook(lambda _m, _a, output: body.append(output.last_hidden_state))
+    try:
+        yield body
+    finally:
+        hook.remove()
 
 
 class HiddenTap:

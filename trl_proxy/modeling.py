@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from .candidates import NUM_SCALARS, Candidates, candidate_scalars
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, body_of, propose_for
+from .decoding import HiddenTap, propose_for, record_body
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
 from .rollout import Rollout
@@ -298,7 +298,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         pooled_features = self.proxy_config.pooled_features
-        with HiddenTap(self.lm) as tap, self._record_body() if pooled_features else nullcontext() as body:
+        with HiddenTap(self.lm) as tap, record_body(self.lm) if pooled_features else nullcontext() as body:
             output = self.lm(**inputs)
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if position_ids is None:
@@ -324,16 +324,6 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                 logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size
             )
         return output
-
-    @contextmanager
-    def _record_body(self):
-        """A list that gets the last hidden states `(batch, length, hidden_size)` of every forward of the LM's body."""
-        body: list[torch.Tensor] = []
-        hook = body_of(self.lm).register_forward_hook(lambda _m, _a, output: body.append(output.last_hidden_state))
-        try:
-            yield body
-        finally:
-            hook.remove()
 
     def _pool_so_far(self, hidden, attention_mask, past: int, cache, output) -> torch.Tensor:
         """Mean `(batch, length, hidden_size)` of the hidden states up to each position, the cache's included."""

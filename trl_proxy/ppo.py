@@ -1,0 +1,136 @@
+"""[`PPOTrainer`]: PPO on the language model itself, the RLHF baseline (Ouyang et al. 2022, arXiv 2203.02155)."""
+
+import os
+import textwrap
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .actor_critic import ActorCriticTrainer
+from .config import PPOConfig
+from .decoding import record_body
+
+VALUE_HEAD_NAME = "value_head.safetensors"
+
+
+class ValueHead(nn.Module):
+    """State value of every token from the LM's last hidden state before it; zero at first."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(..., hidden_size)` of any float dtype -> `(...)` float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.linear(hidden.float()).squeeze(-1)
+
+
+class PPOTrainer(ActorCriticTrainer):
+    """Trains a causal LM by PPO, a token being a step: clipped losses, a value head on the LM's hidden states, and a
+    penalty `beta` on the per-token KL divergence to the LM as it was.
+
+    Args:
+        model: the LM, or its name. With `peft_config` adapters are trained, and the LM without them is the reference;
+            else all weights, with a second LM as reference where `beta` is not 0.
+        reward_funcs, train_dataset, eval_dataset, processing_class, callbacks, peft_config, ...: as for
+            [`~trl.RLOOTrainer`].
+        args ([`PPOConfig`], *optional*): training settings.
+
+    The LM is saved as TRL saves any model, the value head beside it in `value_head.safetensors`.
+    """
+
+    _tag_names = ["trl", "trl-proxy", "ppo"]
+    _name = "PPO"
+    _paper = {
+        "title": "Training Language Models to Follow Instructions with Human Feedback",
+        "id": "2203.02155",
+        "citation": textwrap.dedent("""\
+            @inproceedings{ouyang2022training,
+                title     = {{Training Language Models to Follow Instructions with Human Feedback}},
+                author    = {Long Ouyang and Jeffrey Wu and Xu Jiang and Diogo Almeida and Carroll L. Wainwright and others},
+                booktitle = {Advances in Neural Information Processing Systems 35},
+                year      = 2022,
+            }"""),  # noqa: E501
+    }
+
+    def __init__(self, model, reward_funcs, args: PPOConfig | None = None, **kwargs):
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args or PPOConfig(output_dir="ppo"), **kwargs)
+        self._head_owner().value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(
+            self.accelerator.device
+        )
+        self._passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def _head_owner(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        lm = self.accelerator.unwrap_model(model)
+        with record_body(lm) as body:
+            log_probs, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        values = None
+        if lm is not self.ref_model:
+            # A token's state is what the LM knows before it is written.
+            hidden = torch.cat([states[:, -logits_to_keep - 1 : -1] for states in body])
+            values = self._head_owner().value_head(hidden)
+        self._passes.append((log_probs, values))
+        return log_probs, entropies, aux_loss
+
+    def _generate_and_score_completions(self, inputs):
+        self._passes.clear()
+        return super()._generate_and_score_completions(inputs)
+
+    def _collect(self, output):
+        # RLOO has run the policy and, with `beta`, the reference over the responses.
+        (log_probs, values), *reference = self._passes
+        mask = output["completion_mask"].bool()
+        batch = {
+            "action_mask": mask,
+            "action_positions": torch.arange(mask.shape[1], device=mask.device).expand_as(mask),
+            "action_log_probs": log_probs * mask,
+            "state_values": values * mask,
+        }
+        if reference:
+            batch["step_rewards"] = -self.beta * (log_probs - reference[0][0]) * mask
+        return batch
+
+    def _evaluate_actions(self, model, inputs):
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        self._passes.clear()
+        log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, inputs["completion_ids"].shape[1], compute_entropy=True
+        )
+        return log_probs, entropies, self._passes.pop()[1]
+
+    # Checkpoints: the LM or its adapter as TRL writes them, the value head in a file of its own
+
+    def _save(self, output_dir=None, state_dict=None):
+        output_dir = output_dir or self.args.output_dir
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        is_head = lambda name: "value_head." in name  # noqa: E731
+        super()._save(output_dir, {name: value for name, value in state_dict.items() if not is_head(name)})
+        head = {name.split("value_head.")[1]: v.cpu().contiguous() for name, v in state_dict.items() if is_head(name)}
+        path = os.path.join(output_dir, VALUE_HEAD_NAME)
+        save_file(head, path + ".tmp", metadata={"format": "pt"})
+        os.replace(path + ".tmp", path)
+
+    def _load_value_head(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, VALUE_HEAD_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(f"{checkpoint} is no checkpoint of PPOTrainer: {VALUE_HEAD_NAME} is missing.")
+        self._head_owner().value_head.load_state_dict(load_file(path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._load_value_head(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_value_head(self.state.best_model_checkpoint)
