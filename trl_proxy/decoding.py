@@ -27,9 +27,14 @@ def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
     return propose(scores, config.p_t, config.p_t_mode, config.max_candidates, config.temperature, config.proposal)
 
 
+def without_peft(lm: nn.Module) -> nn.Module:
+    """The LM itself, also where PEFT wraps it."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
 def body_of(lm: nn.Module) -> nn.Module:
     """The LM without its head, also where PEFT wraps it."""
-    return (lm.get_base_model() if hasattr(lm, "get_base_model") else lm).base_model
+    return without_peft(lm).base_model
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 
 from .actor_critic import ActorCriticTrainer
 from .config import PPOConfig
-from .decoding import record_body
+from .decoding import record_body, without_peft
 
 VALUE_HEAD_NAME = "value_head.safetensors"
 
@@ -65,8 +65,7 @@ class PPOTrainer(ActorCriticTrainer):
         self._passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def _head_owner(self) -> nn.Module:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return without_peft(self.accelerator.unwrap_model(self.model))
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         lm = self.accelerator.unwrap_model(model)
@@ -114,9 +113,14 @@ class PPOTrainer(ActorCriticTrainer):
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir or self.args.output_dir
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        is_head = lambda name: "value_head." in name  # noqa: E731
-        super()._save(output_dir, {name: value for name, value in state_dict.items() if not is_head(name)})
-        head = {name.split("value_head.")[1]: v.cpu().contiguous() for name, v in state_dict.items() if is_head(name)}
+        head, lm = {}, {}
+        for name, value in state_dict.items():
+            _, is_head, own_name = name.partition("value_head.")
+            if is_head:
+                head[own_name] = value.cpu().contiguous()
+            else:
+                lm[name] = value
+        super()._save(output_dir, lm)
         path = os.path.join(output_dir, VALUE_HEAD_NAME)
         save_file(head, path + ".tmp", metadata={"format": "pt"})
         os.replace(path + ".tmp", path)

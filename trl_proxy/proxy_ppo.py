@@ -212,9 +212,10 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         normalisation (Andrychowicz et al. 2021, arXiv 2006.05990, section 3.3). The decisions of a new gate do not
         depend on them."""
         parts, _ = model.gate.normalise(features)
-        sums = torch.cat([parts.new_tensor([len(parts)]), parts.sum(0), parts.square().sum(0)])
-        count, sums = (total := self.accelerator.reduce(sums, reduction="sum"))[0], total[1:]
-        mean, square = (sums / count.clamp(min=1)).chunk(2)
+        size = parts.shape[-1]
+        sums = torch.cat([parts.sum(0), parts.square().sum(0), parts.new_tensor([len(parts)])])
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").split([size, size, 1])
+        mean, square = (x / count.clamp(min=1) for x in sums)
         if count > 1:
             for network in (model.gate, model.critic):
                 network.standardise(mean, (square - mean.square()).clamp(min=0).sqrt())
