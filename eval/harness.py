@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset
 
 from baselines.policy import Completions, Policy, encode_prompts, score
-from eval.likelihood import kl_to_lm, response_logprobs
+from eval.likelihood import likelihood
 from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
 from trl_proxy.rewards import to_text
@@ -209,7 +209,7 @@ def evaluate_completions(
         policy_lm: the causal LM whose next-token distribution the policy follows, for `kl_to_lm`; None where there is
             none (best-of-n, candidate features).
         judge: who decided the wins; the reward by default.
-        batch_size: rows per forward of the log-probs.
+        batch_size: rows per forward of the likelihood.
 
     Returns:
         the record, as it was written.
@@ -244,8 +244,7 @@ def evaluate_completions(
     n_tokens = sum(map(len, completions.token_ids))
     speed = n_tokens / completions.seconds
     tokens = encode_prompts(conversations, tokenizer), completions.token_ids
-    logprobs = response_logprobs(lm, *tokens, batch_size=batch_size)
-    kl = 0.0 if policy_lm is lm else None if policy_lm is None else kl_to_lm(policy_lm, lm, *tokens)
+    logprobs, kl = likelihood(lm, *tokens, policy_lm=policy_lm, batch_size=batch_size)
     record = Record(
         **asdict(run),
         **overall,

@@ -10,7 +10,7 @@ from trl_proxy.rewards import length_buckets
 
 
 def _teacher_forced(
-    prompt_ids: list[list[int]], response_ids: list[list[int]], batch_size: int, device, desc: str
+    prompt_ids: list[list[int]], response_ids: list[list[int]], batch_size: int, device
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], torch.Tensor]]:
     """Prompts and responses joined, in batches of similar length, padded on the right (positions need no shift).
 
@@ -18,7 +18,7 @@ def _teacher_forced(
         indices of the rows, the LM's inputs, and the bool mask `(rows, width)` of the response's tokens.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
-    for indices in tqdm(length_buckets(lengths, batch_size), desc=desc, unit="batch", leave=False):
+    for indices in tqdm(length_buckets(lengths, batch_size), desc="likelihood", unit="batch", leave=False):
         input_ids = torch.zeros(len(indices), lengths[indices[0]], dtype=torch.long)
         attention_mask, is_response = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
         for row, i in enumerate(indices):
@@ -35,53 +35,39 @@ def _response_logits(model, inputs: dict, is_response: torch.Tensor) -> torch.Te
     if not is_response.any():
         return torch.zeros(0, model.config.get_text_config().vocab_size, device=is_response.device)
     first = int(is_response.any(0).int().argmax())
-    keep = is_response.shape[1] - first + 1
-    return model(**inputs, logits_to_keep=keep).logits[:, :-1][is_response[:, first:]].float()
+    # Indices, not a number: they gather a contiguous tensor; for a slice the head is several times slower on a CPU.
+    keep = torch.arange(first - 1, is_response.shape[1] - 1, device=is_response.device)
+    return model(**inputs, logits_to_keep=keep).logits[is_response[:, first:]].float()
 
 
 @torch.inference_mode()
-def response_logprobs(
-    lm, prompt_ids: list[list[int]], response_ids: list[list[int]], *, batch_size: int = 8
-) -> list[float]:
-    """Log-probability of every response under the LM, given its prompt: teacher-forced, in nats.
+def likelihood(
+    lm, prompt_ids: list[list[int]], response_ids: list[list[int]], *, policy_lm=None, batch_size: int = 8
+) -> tuple[list[float], float | None]:
+    """Log-probability of every response under the LM, and the policy's KL divergence from the LM.
+
+    Both are teacher-forced, in nats, from a float32 log-softmax whatever the LM's dtype.
 
     Args:
         lm: a causal LM, the frozen one.
         prompt_ids: token ids of the prompts, n lists.
         response_ids: token ids of the responses, the EOS included where it was written, n lists.
+        policy_lm: the causal LM that wrote them, e.g. a proxy with prefix features (its gated logits) or a fine-tuned
+            LM; may be `lm` itself.
 
     Returns:
-        n sums over the response's tokens, from a float32 log-softmax whatever the LM's dtype.
+        n sums over the response's tokens, and the KL divergence of the two next-token distributions, exact at each of
+        the responses' positions and averaged over them; None without `policy_lm`.
     """
-    sums = [0.0] * len(prompt_ids)
-    batches = _teacher_forced(prompt_ids, response_ids, batch_size, lm.device, "LM log-probs")
-    for indices, inputs, is_response in batches:
+    sums, divergence = [0.0] * len(prompt_ids), 0.0
+    for indices, inputs, is_response in _teacher_forced(prompt_ids, response_ids, batch_size, lm.device):
+        lm_logprobs = F.log_softmax(_response_logits(lm, inputs, is_response), dim=-1)
         token_logprobs = torch.zeros(is_response.shape, device=lm.device)
-        token_logprobs[is_response] = -F.cross_entropy(
-            _response_logits(lm, inputs, is_response), inputs["input_ids"][is_response], reduction="none"
-        )
+        token_logprobs[is_response] = lm_logprobs.gather(-1, inputs["input_ids"][is_response][:, None])[:, 0]
         for i, total in zip(indices, token_logprobs.sum(-1).tolist(), strict=True):
             sums[i] = total
-    return sums
-
-
-@torch.inference_mode()
-def kl_to_lm(
-    policy_lm, lm, prompt_ids: list[list[int]], response_ids: list[list[int]], *, batch_size: int = 8
-) -> float:
-    """KL divergence of the policy's next-token distribution from the LM's, exact at each of the responses' positions.
-
-    Args:
-        policy_lm: a causal LM, e.g. a proxy with prefix features (its gated logits) or a fine-tuned LM.
-        lm, prompt_ids, response_ids: as for [`response_logprobs`].
-
-    Returns:
-        the mean over all response tokens, in nats per token.
-    """
-    total = 0.0
-    for _, inputs, is_response in _teacher_forced(prompt_ids, response_ids, batch_size, lm.device, "KL to the LM"):
-        policy_logprobs = F.log_softmax(_response_logits(policy_lm, inputs, is_response), dim=-1)
-        policy_logprobs.clamp_(min=torch.finfo(torch.float32).min)  # a gated -inf: 0 log 0 is 0, not NaN
-        lm_logprobs = F.log_softmax(_response_logits(lm, inputs, is_response), dim=-1)
-        total += F.kl_div(lm_logprobs, policy_logprobs, log_target=True, reduction="sum").item()
-    return total / sum(map(len, response_ids))
+        if policy_lm is not None and policy_lm is not lm:
+            policy_logprobs = F.log_softmax(_response_logits(policy_lm, inputs, is_response), dim=-1)
+            policy_logprobs.clamp_(min=torch.finfo(torch.float32).min)  # a gated -inf: 0 log 0 is 0, not NaN
+            divergence += F.kl_div(lm_logprobs, policy_logprobs, log_target=True, reduction="sum").item()
+    return sums, None if policy_lm is None else divergence / sum(map(len, response_ids))

@@ -9,7 +9,7 @@ from datasets import Dataset
 from baselines.policy import Completions, encode_prompts
 from baselines.sft import SFTPolicy
 from eval.harness import Record, Run, evaluate_completions, evaluate_policy, git_commit, prompts_sha256, read_records
-from eval.likelihood import response_logprobs
+from eval.likelihood import likelihood
 from eval.stats import mean_ci, rate_ci
 from trl_proxy.rewards import to_text
 
@@ -154,7 +154,7 @@ def test_without_a_gold_reward_its_keys_are_null(evaluate):
 def test_lm_logprob_is_per_token(evaluate, tiny_lm, tiny_tokenizer):
     record = evaluate(SFT, kwargs={"batch_size": 1})
     responses = [tiny_tokenizer(text)["input_ids"] for text in SFT]
-    logprobs = response_logprobs(tiny_lm(), encode_prompts(PROMPTS["prompt"][:], tiny_tokenizer), responses)
+    logprobs, _ = likelihood(tiny_lm(), encode_prompts(PROMPTS["prompt"][:], tiny_tokenizer), responses)
     assert record["lm_logprob_per_token"] == pytest.approx(sum(logprobs) / 18, abs=1e-5)
     assert record["kl_to_lm"] is None
 

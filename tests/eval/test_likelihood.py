@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.likelihood import kl_to_lm, response_logprobs
+from eval.likelihood import likelihood
 from trl_proxy import ProxyConfig
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -21,14 +21,14 @@ def brute_force_logprob(lm, prompt, response) -> float:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_response_logprobs_equals_token_by_token(tiny_lm, kind, batch_size):
+def test_log_probs_equal_token_by_token(tiny_lm, kind, batch_size):
     lm = tiny_lm(kind)
     expected = [brute_force_logprob(lm, *pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
-    assert response_logprobs(lm, PROMPTS, RESPONSES, batch_size=batch_size) == pytest.approx(expected, abs=1e-4)
+    assert likelihood(lm, PROMPTS, RESPONSES, batch_size=batch_size)[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_empty_response_has_logprob_zero(tiny_lm):
-    assert response_logprobs(tiny_lm(), [[5, 6], [7]], [[], [8]])[0] == 0.0
+    assert likelihood(tiny_lm(), [[5, 6], [7]], [[], [8]])[0][0] == 0.0
 
 
 @torch.no_grad()
@@ -44,10 +44,12 @@ def test_kl_of_a_gated_lm_equals_the_sum_over_the_vocabulary(tiny_lm, with_rando
             divergences.append(sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True) if a > 0))
     expected = sum(divergences) / len(divergences)
     assert expected > 0.1
-    assert kl_to_lm(model, lm, PROMPTS, RESPONSES, batch_size=2) == pytest.approx(expected, abs=1e-4)
+    assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=model, batch_size=2)[1] == pytest.approx(expected, abs=1e-4)
 
 
 def test_kl_to_itself_is_zero_and_to_another_is_not(tiny_lm):
     lm = tiny_lm()
-    assert kl_to_lm(lm, lm, PROMPTS, RESPONSES) == pytest.approx(0.0, abs=1e-6)
-    assert kl_to_lm(tiny_lm(seed=1), lm, PROMPTS, RESPONSES) > 0.1
+    assert likelihood(lm, PROMPTS, RESPONSES)[1] is None
+    assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=lm)[1] == 0.0
+    assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=tiny_lm())[1] == pytest.approx(0.0, abs=1e-6)
+    assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=tiny_lm(seed=1))[1] > 0.1
