@@ -87,6 +87,7 @@ def decode(
     logits_processor=None,
     stop=None,
     replay: list[list[bool]] | None = None,
+    tree: bool = False,
 ) -> list[Row]:
     """All rows of a batch.
 
@@ -94,19 +95,20 @@ def decode(
         logits_processor: `(ids (1, n), logits (1, vocab)) -> logits`; sees prompt and response without padding.
         stop: `ids (n,) -> bool`, a stopping criterion beside the end-of-sequence tokens.
         replay: the decisions of every row in order, in place of greedy ones.
+        tree: count the LM's forwards as where all candidates of a position are fed at once.
     """
     rows = []
     for i in range(len(input_ids)):
         prompt = input_ids[i][attention_mask[i].bool()].tolist()
         script = None if replay is None else iter(replay[i])
         rows.append(
-            _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_processor, stop, script)
+            _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_processor, stop, script, tree)
         )
         assert script is None or next(script, None) is None, "the fast path took more decisions"
     return rows
 
 
-def _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_processor, stop, script) -> Row:
+def _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_processor, stop, script, tree) -> Row:
     config, lm, gate, row = model.proxy_config, model.lm, model.gate, Row()
     embeddings = lm.get_input_embeddings().weight
     threshold = config.threshold if threshold is None else threshold
@@ -152,9 +154,11 @@ def _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_
         row.token_log_prob += log_probs[rank]
         ended = token in eos_token_ids or (stop is not None and stop(torch.tensor([*before, token])))
         final_is_forced = rank == len(token_ids) - 1 and (token in eos_token_ids or len(row.tokens) == max_new_tokens)
-    # Candidate features: the prompt, and every proposal but a forced one after which nothing follows. Prefix features:
-    # one forward per token.
-    if config.features == "candidate":
+    # Candidate features: the prompt, and every proposal (as a tree: every position) but a forced one after which
+    # nothing follows. Prefix features: one forward per token.
+    if config.features == "candidate" and tree:
+        row.lm_forwards = 1 + len(row.tokens) - (final_is_forced and rank == 0)
+    elif config.features == "candidate":
         row.lm_forwards = 1 + row.proposals - final_is_forced
     else:
         row.lm_forwards = len(row.tokens)

@@ -18,7 +18,9 @@ from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -74,8 +76,12 @@ def _config(kind: str, tie: bool):
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     }
-    # `mistral`: attends to the last 6 tokens alone.
+    # `mistral`: attends to the last 6 tokens alone; `gemma3`: so does every other layer.
     return {
+        "gpt_neox": lambda: GPTNeoXConfig(**shared),
+        "gemma3": lambda: Gemma3TextConfig(
+            sliding_window=6, layer_types=["sliding_attention", "full_attention"], head_dim=16, **shared
+        ),
         "llama": lambda: LlamaConfig(**shared),
         "qwen2": lambda: Qwen2Config(**shared),
         "mistral": lambda: MistralConfig(sliding_window=6, **shared),
@@ -85,7 +91,8 @@ def _config(kind: str, tie: bool):
 @pytest.fixture(scope="session")
 def tiny_lm():
     """`tiny_lm(kind, tie=True, attn="sdpa", seed=0, dtype=torch.float32)`: a new random LM of hidden size 64, with 2
-    layers, 96 tokens and 256 positions; `kind` is llama (grouped heads), gpt2, qwen2 or mistral (sliding window)."""
+    layers, 96 tokens and 256 positions; `kind` is llama (grouped heads), gpt2, qwen2, gpt_neox, mistral (sliding
+    window) or gemma3 (one in every other layer)."""
 
     def build(kind: str = "llama", tie: bool = True, attn: str = "sdpa", seed: int = 0, dtype=torch.float32):
         torch.manual_seed(seed)

@@ -21,6 +21,10 @@ from .config import ProxyConfig
 from .gate import accepted_rank, decide
 from .rollout import Decisions, Event, ProxyGenerateOutput, Step, record_events
 
+# With candidate features and at most so many unfinished rows, all candidates of a position are judged in one forward:
+# where the LM's weights are what a forward costs, a few tokens more are nearly free (see docs/results.md).
+TREE_ROWS = 2
+
 
 def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
     """[`candidates.propose`] with a proxy's settings."""
@@ -181,16 +185,16 @@ class _RowLayer(CacheLayerMixin):
             self.keys[:, :, : self.cache.width] = key_states
             self.values[:, :, : self.cache.width] = value_states
         else:
-            rows = torch.arange(len(key_states), device=key_states.device)
-            self.keys[rows, :, self.cache.slots] = key_states[:, :, 0]
-            self.values[rows, :, self.cache.slots] = value_states[:, :, 0]
+            rows = torch.arange(len(key_states), device=key_states.device)[:, None]
+            self.keys[rows, :, self.cache.slots] = key_states.transpose(1, 2)
+            self.values[rows, :, self.cache.slots] = value_states.transpose(1, 2)
         return self.keys[:, :, : self.cache.width], self.values[:, :, : self.cache.width]
 
     def get_mask_sizes(self, query_length):
         return self.cache.width, 0
 
     def get_seq_length(self):
-        return 0 if self.cache.slots is None else self.cache.width - 1
+        return 0 if self.cache.slots is None else self.cache.width - self.cache.slots.shape[1]
 
     def get_max_length(self):
         return self.cache.capacity
@@ -199,18 +203,24 @@ class _RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """A key-value cache with one write position per row, so that a rejected token's slot is simply overwritten.
 
-    The prompt is written first, slots 0 to `width - 1`. From `at(slots)` on, the one new token of row r goes to
-    `slots[r]`; whatever stands to the right of it is hidden by the attention mask, which is the caller's.
+    The prompt is written first, slots 0 to `width - 1`. From `at(slots, n)` on, the n new tokens of row r go to
+    `slots[r]` and after; whatever else stands to the right is hidden by the attention mask, which is the caller's.
     """
 
     def __init__(self, num_layers: int, prompt_width: int, capacity: int):
         self.capacity, self.width, self.slots = capacity, prompt_width, None
         super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
 
-    def at(self, slots: torch.Tensor) -> int:
-        """Sets the write positions `(rows,)` of the next forward; returns how many slots it sees."""
-        self.slots, self.width = slots, int(slots.max()) + 1
+    def at(self, slots: torch.Tensor, n: int) -> int:
+        """Sets the first write positions `(rows,)` of the next n tokens; returns how many slots their forward sees."""
+        self.slots, self.width = slots[:, None] + torch.arange(n, device=slots.device), int(slots.max()) + n
         return self.width
+
+    def move(self, rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """In each of these rows, copies the slot `source` over the slot `target`; `(N,)` each."""
+        for layer in self.layers:
+            layer.keys[rows, :, target] = layer.keys[rows, :, source]
+            layer.values[rows, :, target] = layer.values[rows, :, source]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps these rows alone, in this order."""
@@ -224,7 +234,7 @@ class _Active(NamedTuple):
     rows: torch.Tensor  # (A,) index in the batch
     length: torch.Tensor  # (A,) accepted tokens
     prompt_lengths: torch.Tensor  # (A,) without padding
-    visible: torch.Tensor  # (A, capacity) 0/1, the slots that attention sees
+    visible: torch.Tensor  # (A, slots) 0/1, those that attention sees
     rank: torch.Tensor  # (A,) which candidate is on offer
     token_ids: torch.Tensor  # (A, K) candidates, with their ...
     log_probs: torch.Tensor  # (A, K)
@@ -240,8 +250,8 @@ class _Active(NamedTuple):
 class _CandidateLoop:
     """The state of [`candidate_decode`], in the order in which it happens: prefill, then offers until all rows end."""
 
-    def __init__(self, lm, input_ids, processors, criteria, generation_config, config, streamer):
-        self.lm, self.config, self.streamer = lm, config, streamer
+    def __init__(self, lm, input_ids, processors, criteria, generation_config, config, streamer, tree):
+        self.lm, self.config, self.streamer, self.tree = lm, config, streamer, tree
         self.processors, self.criteria = processors, criteria
         self.other_criteria = any(not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)) for c in criteria)
         self.batch, self.prompt_width = input_ids.shape
@@ -257,7 +267,8 @@ class _CandidateLoop:
 
     def prefill(self, input_ids, attention_mask, repeats: int, keep_logits: dict) -> None:
         """Reads the prompts, each distinct one once, and forms the first candidates."""
-        self.cache = RowCache(self.lm.config.get_text_config().num_hidden_layers, self.prompt_width, self.capacity)
+        slots = self.capacity + self.config.max_candidates - 1  # room for all candidates of the last position
+        self.cache = RowCache(self.lm.config.get_text_config().num_hidden_layers, self.prompt_width, slots)
         output = self.lm(
             input_ids=input_ids[::repeats],
             attention_mask=attention_mask[::repeats],
@@ -273,7 +284,7 @@ class _CandidateLoop:
             logits = logits.repeat_interleave(repeats, dim=0)
         self.forwards += 1
         zeros = torch.zeros_like(rows)
-        visible = torch.zeros_like(self.sequences)
+        visible = self.sequences.new_zeros(self.batch, slots)
         visible[:, : self.prompt_width] = attention_mask
         candidates = self._propose(rows, zeros, logits)
         self.active = _Active(
@@ -281,55 +292,67 @@ class _CandidateLoop:
         )
 
     def offer(self, judge, threshold: float, sample: bool, keep_hidden: bool) -> None:
-        """Offers each active row its next candidate: one forward of the LM, one decision each."""
-        token = self.active.at_rank(self.active.token_ids)
-        forced = self.active.rank == self.active.last
-        final = torch.isin(token, self.eos) | (self.active.length + 1 >= self.max_new_tokens)
+        """Offers each active row its next candidate, or all that are left of its position: one forward of the LM."""
         # A forced token that ends its response needs no forward, as in plain decoding.
-        if (forced & final).any():
-            self._accept((forced & final).nonzero()[:, 0], token, forced, final)
-            keep = (~(forced & final)).nonzero()[:, 0]
-            self._keep(keep)
-            token, forced, final = token[keep], forced[keep], final[keep]
-            if not len(keep):
+        token, forced = self.active.at_rank(self.active.token_ids), self.active.rank == self.active.last
+        if (over := forced & self._is_final(token)).any():
+            self._accept(over.nonzero()[:, 0], token, forced, over)
+            self._keep((~over).nonzero()[:, 0])
+            if not len(self.active.rows):
                 return
 
         active = self.active
-        slots = self.prompt_width + active.length
-        visible = active.visible.scatter(1, slots[:, None], 1)
-        asked = (~forced).nonzero()[:, 0]
-        accept = forced.clone()
+        rows = torch.arange(len(active.rows), device=self.device)
+        n = int((active.last - active.rank).max()) + 1 if self._as_tree() else 1
+        ranks = active.rank[:, None] + torch.arange(n, device=self.device)  # (A, n)
+        tokens = active.token_ids.gather(1, torch.minimum(ranks, active.last[:, None]))
+        asked = ranks < active.last[:, None]
+        accept = ranks == active.last[:, None]
 
         def select(hidden: torch.Tensor) -> torch.Tensor:
             """Decides, between the LM's body and its head; the head runs where new candidates are needed."""
-            if len(asked):
-                accept[asked] = decide(judge(hidden[asked, -1]), threshold, sample)
-            return hidden[accept & ~final]
+            if asked.any():
+                accept[asked] = decide(judge(hidden[asked]), threshold, sample)
+            first = accept.long().argmax(-1)
+            return hidden[rows, first][accept[rows, first] & ~self._is_final(tokens[rows, first])]
 
-        width = self.cache.at(slots)
+        slots = self.prompt_width + active.length
+        visible = active.visible.scatter(1, slots[:, None], 1)
+        width = self.cache.at(slots, n)
         with HiddenTap(self.lm, select) as tap:
             output = self.lm(
-                input_ids=token[:, None],
-                attention_mask=visible[:, :width],
-                position_ids=(active.prompt_lengths + active.length)[:, None],
+                input_ids=tokens,
+                attention_mask=visible[:, :width] if n == 1 else self._tree_mask(active.visible[:, :width]),
+                position_ids=(active.prompt_lengths + active.length)[:, None].expand(-1, n),
                 past_key_values=self.cache,
                 use_cache=True,
             )
+        first = accept.long().argmax(-1)
+        taken = accept[rows, first]
         self.forwards[active.rows] += 1
-        self.rejections[active.rows] += (~accept).long()
-        if keep_hidden and len(asked):
+        self.rejections[active.rows] += torch.where(taken, first, n)
+        if keep_hidden and asked.any():
+            decided = asked & ((ranks - active.rank[:, None] <= first[:, None]) | ~taken[:, None])
             # A position's last decision accepts, or rejects all but the last candidate, which then is forced.
-            to_last = ~accept & (active.rank + 1 == active.last)
-            log_prob = active.log_probs.gather(-1, torch.where(to_last, active.last, active.rank)[:, None])[:, 0]
-            log_prob = torch.where(accept | to_last, log_prob, 0.0)
-            event = (active.rows, tap.hidden[:, -1], active.length, token, accept, log_prob)
-            self.events.append(Event(*(x[asked] for x in event)))
+            to_last = ~accept & (ranks + 1 == active.last[:, None])
+            log_probs = active.log_probs.gather(1, (ranks + to_last).clamp(max=active.log_probs.shape[1] - 1))
+            log_probs = torch.where(accept | to_last, log_probs, 0.0)
+            places = (x[:, None].expand_as(ranks) for x in (active.rows, active.length))
+            event = (tap.hidden, *places, tokens, accept, log_probs)
+            hidden, row, length, *rest = (x[decided] for x in event)
+            self.events.append(Event(row, hidden, length, *rest))
 
-        ended = self._accept(accept.nonzero()[:, 0], token, forced, final)
-        active = self.active._replace(visible=visible, rank=torch.where(accept, 0, active.rank + 1))
-        going = (accept & ~final).nonzero()[:, 0]
+        self.active = active = active._replace(rank=active.rank + first, visible=visible)
+        moved = (taken & (first > 0)).nonzero()[:, 0]
+        if len(moved):
+            self.cache.move(moved, slots[moved] + first[moved], slots[moved])
+        token, forced = tokens[rows, first], active.rank == active.last
+        final = self._is_final(token)
+        ended = self._accept(taken.nonzero()[:, 0], token, forced, final)
+        active = self.active._replace(rank=torch.where(taken, 0, active.rank + 1))
+        going = (taken & ~final).nonzero()[:, 0]
         if len(going):
-            new = self._propose(active.rows[going], active.length[going], output.logits[:, -1])
+            new = self._propose(active.rows[going], active.length[going], output.logits.view(len(going), -1))
             active = active._replace(
                 token_ids=active.token_ids.index_copy(0, going, new.token_ids),
                 log_probs=active.log_probs.index_copy(0, going, new.log_probs),
@@ -338,6 +361,20 @@ class _CandidateLoop:
         self.active = active
         if ended.any():
             self._keep((~ended).nonzero()[:, 0])
+
+    def _is_final(self, token: torch.Tensor) -> torch.Tensor:
+        """`(A,)` bool: whether accepting this token ends the row."""
+        return torch.isin(token, self.eos) | (self.active.length + 1 >= self.max_new_tokens)
+
+    def _as_tree(self) -> bool:
+        return len(self.active.rows) <= TREE_ROWS if self.tree is None else self.tree
+
+    def _tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """What to add to attention's scores, `(A, 1, n, width)`: a candidate sees what was accepted, and itself."""
+        slots = self.cache.slots  # (A, n)
+        accepted = visible.scatter(1, slots, 0)[:, None].repeat(1, slots.shape[1], 1)
+        seen = accepted.scatter(2, slots[..., None], 1)[:, None].to(self.lm.dtype)
+        return (1 - seen) * torch.finfo(self.lm.dtype).min
 
     def _accept(self, which: torch.Tensor, token, forced, final) -> torch.Tensor:
         """Writes down `token` in the active rows `which`; returns for every active row whether it ends, `(A,)`."""
@@ -399,12 +436,14 @@ def candidate_decode(
     streamer=None,
     output_rollout: bool = False,
     repeats: int = 1,
+    tree: bool | None = None,
     **model_kwargs,
 ) -> ProxyGenerateOutput:
     """Decoding with candidate features: feed a candidate, ask the gate, keep it or overwrite it.
 
     Every row goes its own way: in one forward some rows advance to the next position while others retry the one that
-    they are at. The gate decides between the LM's body and its head, and the head runs for the accepted rows alone.
+    they are at. With few rows, all candidates of a position are fed at once, each blind to the others. The gate
+    decides between the LM's body and its head, and the head runs for the accepted tokens alone.
 
     Args:
         input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as transformers' `generate`
@@ -414,6 +453,8 @@ def candidate_decode(
         streamer: gets a token when it is accepted.
         output_rollout: also return the [`rollout.Rollout`].
         repeats: every so many consecutive rows share a prompt, which is read once.
+        tree: judge all candidates of a position in one forward, as the leaves of a tree, instead of one after the
+            other. By default where at most `TREE_ROWS` rows are unfinished and the attention takes such a mask.
 
     Returns:
         [`ProxyGenerateOutput`]; `sequences` is `(batch, prompt length + longest response)`, padded on the right.
@@ -432,7 +473,15 @@ def candidate_decode(
         )
     attention_mask = model_kwargs.get("attention_mask")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    loop = _CandidateLoop(lm, input_ids, logits_processor, stopping_criteria, generation_config, config, streamer)
+    if text_config._attn_implementation not in ("sdpa", "eager"):
+        if tree:
+            raise ValueError(
+                f"`tree=True` needs attention that takes any mask (sdpa or eager), {type(lm).__name__} has "
+                f"{text_config._attn_implementation}: leave it out."
+            )
+        tree = False
+    options = (generation_config, config, streamer, tree)
+    loop = _CandidateLoop(lm, input_ids, logits_processor, stopping_criteria, *options)
     keep_logits = {"logits_to_keep": 1} if "logits_to_keep" in model_kwargs else {}
     with HiddenTap(lm) as tap:
         loop.prefill(input_ids, attention_mask, repeats, keep_logits)

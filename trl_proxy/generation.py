@@ -29,6 +29,7 @@ class GatedGeneration:
         gate_sample: bool = False,
         threshold: float | None = None,
         output_rollout: bool = False,
+        tree: bool | None = None,
         logits_processor: list | None = None,
         streamer=None,
         **kwargs,
@@ -40,6 +41,8 @@ class GatedGeneration:
             gate_sample: draw the gate's decisions (training) instead of taking the more probable one.
             threshold: in place of the configuration's; see `gate.decide`.
             output_rollout: also return what training needs, [`rollout.Rollout`] (implies `return_dict_in_generate`).
+            tree: with candidate features, judge all candidates of a position in one forward; by default where few
+                rows are decoded. With prefix features all are judged at once anyway.
             generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is
                 that of the proposals. `do_sample` and the truncations (`top_k`, ...) do not apply: `p_t` and
                 `max_candidates` of the configuration decide what is proposed.
@@ -100,6 +103,7 @@ class GatedGeneration:
                 sample=gate_sample,
                 output_rollout=output_rollout,
                 repeats=repeats,
+                tree=tree,
                 # `generate` hands no streamer to a function.
                 streamer=streamer,
             )

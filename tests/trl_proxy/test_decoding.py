@@ -21,6 +21,8 @@ from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 
 FEATURES = ("prefix", "candidate")
 KINDS = ("llama", "gpt2", "qwen2")
+# Candidate features refuse a sliding window.
+MORE_KINDS = [(f, k) for f in FEATURES for k in (*KINDS, "gpt_neox")] + [("prefix", "mistral"), ("prefix", "gemma3")]
 LENGTHS = (7, 3, 5, 1)
 PAD, EOS = 0, 2
 # More ends of sequence than one, so that rows end at different places.
@@ -101,9 +103,10 @@ def test_accepting_everything_is_greedy_decoding(tiny_lm, tiny_tokenizer, ragged
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("features", FEATURES)
-def test_accepting_everything_with_either_attention(tiny_lm, ragged_batch, features, attn):
-    lm = tiny_lm("llama", attn=attn)
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(("features", "kind"), MORE_KINDS)
+def test_accepting_everything_with_any_lm(tiny_lm, ragged_batch, features, kind, tie, attn):
+    lm = tiny_lm(kind, tie=tie, attn=attn)
     model = ProxyModelForCausalLM(lm, ProxyConfig(features=features))
     prompts = ragged_batch(LENGTHS)
     expected = lm.generate(**prompts, max_new_tokens=24, do_sample=False, eos_token_id=MANY_EOS)
@@ -141,7 +144,7 @@ def test_several_sequences_per_prompt(tiny_lm, ragged_batch, with_random_gate, f
     """`num_return_sequences=3` is every prompt three times, in that order, for greedy and for sampled decisions."""
     prompts = ragged_batch(LENGTHS)
     model = with_random_gate(tiny_lm(kind), ProxyConfig(features=features, p_t=0.01))
-    call = {"max_new_tokens": 10, "output_rollout": True}
+    call = {"max_new_tokens": 10, "output_rollout": True, "tree": False}
     single = model.generate(**prompts, **call)
     several = model.generate(**prompts, **call, num_return_sequences=3)
     assert single.decisions.rank_sum.sum() > 5
@@ -185,12 +188,14 @@ def test_several_sequences_in_bfloat16(tiny_lm, ragged_batch, kind):
 # 2. A row's output does not depend on its neighbours.
 
 
-@pytest.mark.parametrize(("features", "kind"), [(f, k) for f in FEATURES for k in KINDS] + [("prefix", "mistral")])
+@pytest.mark.parametrize(("features", "kind"), MORE_KINDS)
 def test_batch_equals_single(tiny_lm, ragged_batch, with_random_gate, features, kind):
     lengths = (9, 2, 6, 1, 4, 9, 3, 7)
     prompts = ragged_batch(lengths)
-    model = with_random_gate(tiny_lm(kind), ProxyConfig(features=features, p_t=0.02, max_candidates=4), bias=-0.5)
-    call = {"max_new_tokens": 20, "eos_token_id": MANY_EOS[:4], "return_dict_in_generate": True}
+    lm = tiny_lm(kind, tie=kind != "gemma3")  # tied, it repeats itself
+    model = with_random_gate(lm, ProxyConfig(features=features, p_t=0.02, max_candidates=4), bias=-0.5)
+    # Without a tree, since the forwards that a row needs are compared too.
+    call = {"max_new_tokens": 20, "eos_token_id": MANY_EOS[:4], "return_dict_in_generate": True, "tree": False}
     together = model.generate(**prompts, **call)
     responses = together.sequences[:, max(lengths) :]
     assert together.decisions.accepts.sum() > 5
@@ -203,6 +208,28 @@ def test_batch_equals_single(tiny_lm, ragged_batch, with_random_gate, features, 
         assert alone.sequences[0, length:].tolist() == responses[row, :n].tolist()
         assert responses[row, n:].eq(PAD).all()
         assert [x.item() for x in alone.decisions] == [x[row].item() for x in together.decisions]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_one_by_one_or_as_a_tree(tiny_lm, ragged_batch, with_random_gate, kind, attn):
+    """The same tokens and decisions, also where the way changes while some rows are in the middle of a position."""
+    prompts = ragged_batch((9, 2, 6, 1, 4, 9))
+    config = ProxyConfig(features="candidate", p_t=0.02, max_candidates=6)
+    model = with_random_gate(tiny_lm(kind, attn=attn), config, bias=-0.5)
+    call = {"max_new_tokens": 20, "eos_token_id": MANY_EOS[:4], "output_rollout": True}
+    one_by_one, tree, automatic = (model.generate(**prompts, **call, tree=tree) for tree in (False, True, None))
+    assert one_by_one.decisions.rank_sum.sum() > 20
+    for other in (tree, automatic):
+        assert other.sequences.tolist() == one_by_one.sequences.tolist()
+        for name in set(other.decisions._fields) - {"lm_forwards"}:
+            assert torch.equal(getattr(other.decisions, name), getattr(one_by_one.decisions, name)), name
+        for name in other.rollout._fields:
+            torch.testing.assert_close(
+                getattr(other.rollout, name), getattr(one_by_one.rollout, name), atol=1e-4, rtol=0, msg=name
+            )
+    forwards = [x.decisions.lm_forwards.sum() for x in (one_by_one, automatic, tree)]
+    assert forwards[0] > forwards[1] > forwards[2]
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -218,10 +245,10 @@ def test_more_padding_changes_nothing(tiny_lm, ragged_batch, with_random_gate, f
 # 3. A rejection leaves no trace.
 
 
-@pytest.mark.parametrize(("features", "kind"), [(f, k) for f in FEATURES for k in KINDS] + [("prefix", "mistral")])
+@pytest.mark.parametrize(("features", "kind"), MORE_KINDS)
 def test_a_rejection_leaves_no_trace(tiny_lm, ragged_batch, with_random_gate, features, kind):
     """What the gate read at every decision is what a fresh forward over the accepted tokens gives."""
-    lm, k, new_tokens = tiny_lm(kind), 4, 16
+    lm, k, new_tokens = tiny_lm(kind, tie=kind != "gemma3"), 4, 16
     prompts = ragged_batch(LENGTHS)
     # Exactly four candidates everywhere, so that three rejections mean that the fourth was accepted.
     config = ProxyConfig(features=features, p_t=1e-30, max_candidates=k)
@@ -276,7 +303,7 @@ def test_sliding_windows(tiny_lm, ragged_batch, with_random_gate, brute_force, f
 @st.composite
 def cases(draw):
     return types.SimpleNamespace(
-        kind=draw(st.sampled_from(KINDS)),
+        kind=draw(st.sampled_from([*KINDS, "gpt_neox"])),
         lengths=draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)),
         seed=draw(st.integers(0, 1000)),
         max_new_tokens=draw(st.integers(1, 9)),
@@ -290,6 +317,7 @@ def cases(draw):
         threshold=draw(st.sampled_from([-1.0, 0.0, 0.7])),
         repetition_penalty=draw(st.sampled_from([None, 1.5])),
         pooled=draw(st.booleans()),
+        tree=draw(st.booleans()),
     )
 
 
@@ -314,7 +342,12 @@ def test_fast_equals_brute_force(tiny_lm, ragged_batch, with_random_gate, brute_
     if case.repetition_penalty is not None:
         processor = RepetitionPenaltyLogitsProcessor(case.repetition_penalty)
     rows = brute_force.decode(
-        model, **prompts, max_new_tokens=case.max_new_tokens, eos_token_ids=case.eos, logits_processor=processor
+        model,
+        **prompts,
+        max_new_tokens=case.max_new_tokens,
+        eos_token_ids=case.eos,
+        logits_processor=processor,
+        tree=case.tree,
     )
     assume(min(row.margin for row in rows) > MARGIN)
     output = model.generate(
@@ -323,6 +356,7 @@ def test_fast_equals_brute_force(tiny_lm, ragged_batch, with_random_gate, brute_
         eos_token_id=case.eos,
         repetition_penalty=case.repetition_penalty,
         output_rollout=True,
+        tree=case.tree,
     )
     brute_force.check_output(output, rows, max(case.lengths), PAD)
 
@@ -349,19 +383,25 @@ def test_sampled_decisions_are_recorded_as_taken(tiny_lm, ragged_batch, with_ran
         eos_token_id=case.eos,
         gate_sample=True,
         output_rollout=True,
+        tree=case.tree,
     )
     actions = [a[m].tolist() for a, m in zip(output.rollout.accept, output.rollout.mask, strict=True)]
     rows = brute_force.decode(
-        model, **prompts, max_new_tokens=case.max_new_tokens, eos_token_ids=case.eos, replay=actions
+        model,
+        **prompts,
+        max_new_tokens=case.max_new_tokens,
+        eos_token_ids=case.eos,
+        replay=actions,
+        tree=case.tree,
     )
     assume(min(row.margin for row in rows) > MARGIN)
     brute_force.check_output(output, rows, max(case.lengths), PAD)
 
 
 @pytest.mark.parametrize("pad_token_id", [PAD, EOS])
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(("features", "tree"), [("prefix", False), ("candidate", False), ("candidate", True)])
 def test_rows_ended_by_a_stopping_criterion(
-    tiny_lm, ragged_batch, with_random_gate, brute_force, features, pad_token_id
+    tiny_lm, ragged_batch, with_random_gate, brute_force, features, tree, pad_token_id
 ):
     """Nothing after the stop is counted, also where the gate would have accepted the very token that pads."""
     lengths = (3, 5, 1, 4, 2, 6)
@@ -373,11 +413,17 @@ def test_rows_ended_by_a_stopping_criterion(
         lm.lm_head.weight[pad_token_id] = lm.lm_head.weight[stop_tokens].sum(0)
     model = with_random_gate(lm, ProxyConfig(features=features, p_t=0.05, max_candidates=6))
     stop = EndsWith(stop_tokens)
-    rows = brute_force.decode(model, **prompts, max_new_tokens=24, stop=lambda ids: bool(stop(ids[None], None)))
+    stops = lambda ids: bool(stop(ids[None], None))  # noqa: E731
+    rows = brute_force.decode(model, **prompts, max_new_tokens=24, stop=stops, tree=tree)
     assert min(row.margin for row in rows) > MARGIN
     assert len({len(row.tokens) for row in rows}) > 2
     output = model.generate(
-        **prompts, max_new_tokens=24, stopping_criteria=[stop], pad_token_id=pad_token_id, output_rollout=True
+        **prompts,
+        max_new_tokens=24,
+        stopping_criteria=[stop],
+        pad_token_id=pad_token_id,
+        output_rollout=True,
+        tree=tree,
     )
     brute_force.check_output(output, rows, max(lengths), pad_token_id)
 
@@ -413,7 +459,7 @@ def test_no_end_of_sequence_at_all(tiny_lm, ragged_batch, with_random_gate, brut
     model = with_random_gate(lm, ProxyConfig(features=features, p_t=0.05, max_candidates=6))
     rows = brute_force.decode(model, **prompts, max_new_tokens=12, eos_token_ids=())
     assert any(EOS in row.tokens[:-1] for row in rows)
-    output = model.generate(**prompts, max_new_tokens=12, eos_token_id=None, output_rollout=True)
+    output = model.generate(**prompts, max_new_tokens=12, eos_token_id=None, output_rollout=True, tree=False)
     brute_force.check_output(output, rows, max(LENGTHS), PAD)
 
 
