@@ -141,6 +141,20 @@ class GatedGeneration:
         decisions, rollout = record_steps(gate.steps, output.sequences[:, input_ids.shape[1] :], eos, stops.stopped)
         return ProxyGenerateOutput(**output, decisions=decisions, rollout=rollout)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, on the gated logits of `forward`; behind `generate_batch` and `transformers serve`.
+
+        Raises:
+            `ValueError`: candidate features have no such logits, and pooled features are of one text at a time.
+        """
+        if not self._proxy_disabled and (
+            self.proxy_config.features == "candidate" or self.proxy_config.pooled_features
+        ):
+            raise ValueError(
+                "Continuous batching needs a proxy with features='prefix' and pooled_features=False: use `generate`."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def _checked_prompts(self, input_ids, attention_mask, setting, eos_token_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts and their mask, `(batch, prompt length)` each; `ValueError` where they cannot be gone on from."""
         if input_ids is None:

@@ -74,6 +74,11 @@ OPTIONS = {
         "stop_strings": [tokenizer.decode(plain[0, 4:6]), tokenizer.decode(plain[1, 5:7])],
         "tokenizer": tokenizer,
     },
+    "begin_suppress_tokens": lambda plain, tokenizer: {"begin_suppress_tokens": plain[:, 0].unique().tolist()},
+    "sequence_bias": lambda plain, tokenizer: {"sequence_bias": [[[middle_tokens(plain)[0]], -8.0], [[40], 3.0]]},
+    "forced_eos_token_id": lambda plain, tokenizer: {"forced_eos_token_id": EOS, "max_new_tokens": 6},
+    "exponential_decay_length_penalty": lambda plain, tokenizer: {"exponential_decay_length_penalty": (3, 1.6)},
+    "max_time": lambda plain, tokenizer: {"max_time": 0.0},  # one token
     "own processor": lambda plain, tokenizer: {"logits_processor": [OnlyTheseTokens()]},
     "together": lambda plain, tokenizer: {
         "repetition_penalty": 1.2,

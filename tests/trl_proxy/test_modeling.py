@@ -160,6 +160,32 @@ def test_an_engine_that_samples_from_forward(gated, ragged_batch):
     assert stats.chisquare(observed[expected > 0], expected[expected > 0] / expected.sum() * n).pvalue > 1e-3
 
 
+def test_continuous_batching(gated, ragged_batch):
+    """transformers' own engine packs the texts of a batch into one row and pages their cache."""
+    model = gated("llama", p_t=0.01)
+    prompts = [[5, 6, 7], [8, 9, 10, 11], [12]]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    outputs = model.generate_batch(inputs=prompts, generation_config=config)
+    assert [output.generated_tokens for output in outputs.values()] == expected
+    plain = model.lm.generate(torch.tensor(prompts[:1]), generation_config=config)[0, 3:].tolist()
+    assert plain != expected[0], "the gate makes a difference"
+    with model.disable_proxy():
+        (output,) = model.generate_batch(inputs=prompts[:1], generation_config=config).values()
+    assert output.generated_tokens == plain
+
+
+@pytest.mark.parametrize("options", [{"features": "candidate"}, {"pooled_features": True}])
+def test_continuous_batching_is_refused_by_name(gated, options):
+    with pytest.raises(ValueError, match="Continuous batching needs a proxy with features='prefix'"):
+        gated("llama", **options).generate_batch(inputs=[[5, 6, 7]])
+
+
 def test_an_engine_that_continues_from_a_cache(gated, ragged_batch):
     """Several sampled tokens in a ragged batch: each has positive probability in a fresh forward of its own row."""
     model, prompts = gated(), ragged_batch(LENGTHS)
