@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from baselines.policy import Completions, Prompts, decode_texts, generate_batches, in_order, score
+from baselines.policy import LAST_POSITION, Completions, Prompts, decode_texts, generate_batches, in_order, score
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class BestOfNPolicy:
                     top_k=0,  # `generate` would otherwise keep 50
                     top_p=1.0,
                     min_p=None,
+                    logits_to_keep=LAST_POSITION,
                 )
             ]
             token_ids = in_order(batches)

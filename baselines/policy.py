@@ -17,6 +17,10 @@ from trl import is_conversational
 
 from trl_proxy.rewards import check_rewards, length_buckets
 
+# For `logits_to_keep`: the last position by its index. For the slice that `generate` takes by itself, torch on a CPU
+# copies the weights of the head once per row of the batch.
+LAST_POSITION = torch.tensor([-1])
+
 Prompts = list  # of strings, or of conversations: lists of {"role": ..., "content": ...}
 
 

@@ -2,7 +2,7 @@
 
 import time
 
-from baselines.policy import Completions, Prompts, decode_texts, generate_batches, in_order
+from baselines.policy import LAST_POSITION, Completions, Prompts, decode_texts, generate_batches, in_order
 
 
 class SFTPolicy:
@@ -30,6 +30,7 @@ class SFTPolicy:
                 max_new_tokens=self.max_new_tokens,
                 desc="sft",
                 do_sample=False,
+                logits_to_keep=LAST_POSITION,
             )
         ]
         token_ids = in_order(batches)
