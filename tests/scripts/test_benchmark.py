@@ -2,23 +2,112 @@
 
 import json
 
+import pytest
+import torch
 
-def test_it_times_every_method(tmp_path, tiny_lm, tiny_tokenizer, load_script):
-    script = load_script("benchmark")
+from trl_proxy import ProxyConfig
+
+
+@pytest.fixture
+def script(load_script):
+    return load_script("benchmark")
+
+
+@pytest.fixture
+def tiny_arguments(script, tmp_path, tiny_lm, tiny_tokenizer):
     tiny_lm("llama").save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
-    script.main(
-        script.BenchmarkArguments(
-            model_name_or_path=str(tmp_path / "lm"),
-            dtype="float32",
-            batch_size=2,
-            max_new_tokens=4,
-            rounds=2,
-            output_dir=str(tmp_path / "out"),
+
+    def build(**changes):
+        return script.BenchmarkArguments(
+            **{
+                "model_name_or_path": str(tmp_path / "lm"),
+                "dtype": "float32",
+                "batch_sizes": [1, 3],
+                "prompt_tokens": [5, 9],
+                "new_tokens": [4, 6],
+                "reject_rates": [0.3, 0.0],
+                "rounds": 2,
+                "output_dir": str(tmp_path / "out"),
+            }
+            | changes
         )
-    )
+
+    return build
+
+
+def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "MEMORY", ("generate", "prefix", "train"))  # each is a process of its own
+    script.main(tiny_arguments())
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert found["prefix features"]["lm_forwards_per_token"] == 1.0
-    assert found["candidate features"]["lm_forwards_per_token"] > 1.0
-    assert found["generate, sampled"]["ratio"] == 1.0
-    assert all(found[name]["tokens_per_second"] > 0 for name in ("generate, greedy", "prefix features, pooled"))
+    cells = {tuple(list(cell.values())[:4]): cell["methods"] for cell in found["cells"]}
+    base = (3, 5, 4, 0.3)
+    assert set(cells) == {base, (1, *base[1:]), (3, 9, 4, 0.3), (3, 5, 6, 0.3), (3, 5, 4, 0.0)}
+    for methods in cells.values():
+        assert methods["generate, sampled"]["ratio"] == 1.0
+        assert methods["prefix"]["lm_forwards_per_token"] == 1.0
+        assert all(method["tokens_per_second"] > 0 for method in methods.values())
+    assert cells[base]["candidate, one by one"]["lm_forwards_per_token"] > 1.25  # the prompt's, and rejections
+    one = cells[1, *base[1:]]
+    assert one["candidate, tree"]["lm_forwards_per_token"] <= 1.25
+    assert one["best of 32"]["lm_forwards_per_token"] == 32
+    ratios = found["ratios"]
+    candidate = cells[base]["candidate, one by one"]
+    assert ratios["candidate_efficiency_b3"] == candidate["ratio"] * candidate["lm_forwards_per_token"]
+    assert ratios["tree_vs_generate_b1"] == one["candidate, tree"]["ratio"]
+    assert {"prefix_vs_generate_b1", "prefix_vs_generate_b3", "batched_vs_serial_b3", "tree_vs_serial_b1"} < set(
+        ratios
+    )
+    assert 0 < ratios["peak_memory_decode"] < 10
+    assert 0 < ratios["peak_memory_train"] < 10
+    assert all(peak > 0 for peak in found["memory"].values())
+    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
+
+
+def test_the_quick_form_has_the_ends_of_the_batch_alone(script, tiny_arguments):
+    cells = script.grid(tiny_arguments(quick=True))
+    assert [(cell.batch_size, cell.prompt_tokens, cell.new_tokens) for cell in cells] == [(3, 5, 4), (1, 5, 4)]
+
+
+def test_the_reject_rate_is_what_it_says(script, tiny_arguments, tiny_lm, tiny_tokenizer, with_random_gate):
+    """Of the decisions that were taken, the share that rejects."""
+    model = script.ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(p_t=1e-3))
+    torch.nn.init.constant_(model.gate.mlp[-1].bias, torch.logit(torch.tensor(0.7)).item())
+    ids = script.prompts_of_length(tiny_tokenizer, 16, 8)
+    assert ids.shape == (16, 8)
+    decisions = model.generate(ids, max_new_tokens=40, gate_sample=True, return_dict_in_generate=True).decisions
+    decided = decisions.proposals.sum() - decisions.forced.sum()
+    assert decisions.rank_sum.sum() / decided == pytest.approx(0.3, abs=0.05)
+
+
+def test_the_serial_loop_writes_what_the_gate_accepts(script, tiny_lm):
+    """Accepting everything is greedy decoding at one forward per token, the prompt's beside them."""
+    lm = tiny_lm("llama")
+    model = script.ProxyModelForCausalLM(lm, ProxyConfig(features="candidate"))
+    torch.nn.init.constant_(model.gate.mlp[-1].bias, 100.0)
+    calls = []
+    hook = lm.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert script.serial_decode(model, ids, 6) == (6, 7)
+    hook.remove()
+    plain = lm.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.cat(calls, dim=1).tolist() == plain.tolist()
+    torch.nn.init.constant_(model.gate.mlp[-1].bias, -100.0)
+    _, forwards = script.serial_decode(model, ids, 6)
+    assert forwards > 12, "every proposal but the last is rejected"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sizes": [0]}, "--batch_sizes must be numbers of at least 1"),
+        ({"reject_rates": [1.0]}, r"--reject_rates must lie in \[0, 1\)"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"memory": "all"}, "--memory must be one of generate, prefix, candidate, train"),
+    ],
+)
+def test_bad_input_is_named(tiny_arguments, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_arguments(**changes)
