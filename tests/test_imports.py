@@ -15,6 +15,7 @@ ORDER = [
     ("generation",),
     ("modeling",),
     ("proxy_ppo", "ppo"),
+    ("runs",),
     ("__init__",),
 ]
 # What a package may import of the project; `trl_proxy` is the leftmost.

@@ -1,0 +1,211 @@
+"""DPO: direct preference optimisation of the language model itself (Rafailov et al. 2023, arXiv 2305.18290), by TRL.
+
+Its pairs come from a dataset, or from the LM itself: several samples of every prompt, ranked by the same reward that
+the other methods train on, the best against the worst. The latter is the fair comparison: the same information.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
+
+from baselines.best_of_n import BestOfNPolicy
+from baselines.reward_model import ClassifierReward
+from baselines.training import LoraModelConfig
+from trl_proxy.defaults import load_prompts
+from trl_proxy.rewards import check_rewards, to_text
+from trl_proxy.runs import (
+    RunArguments,
+    checkpoint_to_resume,
+    fit,
+    identity,
+    load_policy,
+    load_rewards,
+)
+
+PAIRS_FILE = "pairs.json"
+
+
+@dataclass
+class DPOArguments(RunArguments):
+    """Where DPO's preference pairs come from."""
+
+    pairs: Literal["sampled", "dataset"] = field(
+        default="sampled",
+        metadata={"help": "`sampled`: samples of the LM, ranked by the reward. `dataset`: prompt, chosen, rejected."},
+    )
+    num_pair_prompts: int | None = field(default=None, metadata={"help": "Prompts that are sampled; all by default."})
+    samples_per_prompt: int = field(default=4, metadata={"help": "Samples of each, of which two make a pair."})
+    max_completion_length: int = field(default=64, metadata={"help": "Longest sample, in tokens."})
+    sampling_batch_size: int = field(default=64, metadata={"help": "Prompts that are sampled at once."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Of the rewards; 1 by default."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.samples_per_prompt < 2:
+            raise ValueError(f"`samples_per_prompt` must be at least 2, got {self.samples_per_prompt}.")
+
+
+CONFIGS = (DPOArguments, DPOConfig, LoraModelConfig)
+
+
+def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraModelConfig) -> DPOTrainer:
+    """Makes or reads the pairs, then trains; the time for the pairs counts as training.
+
+    Returns:
+        the trainer; its `model` is trained, and saved in the output folder.
+    """
+    run = identity(run_args, training_args, model_args)
+    checkpoint = checkpoint_to_resume(training_args.output_dir, run, run_args.overwrite_output_dir)
+    set_seed(training_args.seed)
+    lm, tokenizer = load_policy(model_args, training_args)
+    seconds = 0.0
+    if run_args.pairs == "dataset":
+        pairs = check_pairs(load_prompts(run_args.dataset_name, run_args.dataset_train_split), run_args.dataset_name)
+    else:
+        pairs, seconds = cached_pairs(lm, tokenizer, run_args, training_args)
+    trainer = DPOTrainer(
+        model=lm,
+        args=training_args,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    fit(trainer, run, run_args, checkpoint, seconds_before=seconds)
+    return trainer
+
+
+def check_pairs(dataset: Dataset, name: str) -> Dataset:
+    """The three columns of preference data; `ValueError` where one is missing, or a pair prefers nothing."""
+    columns = ("prompt", "chosen", "rejected")
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        raise ValueError(f"The dataset {name} has no column {', '.join(missing)}: DPO needs {', '.join(columns)}.")
+    for row in dataset:
+        if row["chosen"] == row["rejected"]:
+            raise ValueError(
+                f"The dataset {name} has a pair whose two responses are the same, to the prompt "
+                f"{to_text(row['prompt'], 'user')[:200]!r}."
+            )
+    return dataset.select_columns(list(columns))
+
+
+class WeightedReward:
+    """Several rewards as one, their weighted sum; None of one of them means that it does not apply."""
+
+    __name__ = "weighted reward"
+
+    def __init__(self, rewards: list[Callable], weights: list[float] | None):
+        self.rewards, self.weights = rewards, weights or [1.0] * len(rewards)
+        if len(self.weights) != len(rewards):
+            raise ValueError(f"`reward_weights` has {len(self.weights)} weights for {len(rewards)} rewards.")
+
+    def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
+        totals = [0.0] * len(prompts)
+        for reward, weight in zip(self.rewards, self.weights, strict=True):
+            values = reward(prompts=prompts, completions=completions, **columns)
+            if len(self.rewards) > 1:
+                values = [0.0 if value is None else value for value in values]
+            for i, value in enumerate(check_rewards(values, len(prompts), prompts, reward.__name__)):
+                totals[i] += weight * value
+        return totals
+
+
+def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig) -> tuple[Dataset, float]:
+    """The pairs in the output folder, made first where they are not there; and the seconds that making them took."""
+    state = PartialState()
+    path = os.path.join(training_args.output_dir, PAIRS_FILE)
+    made_with = {
+        "dataset": f"{run_args.dataset_name}/{run_args.dataset_train_split}",
+        "rewards": [run_args.reward_model_name_or_path, run_args.reward_funcs, run_args.reward_weights],
+        "samples_per_prompt": run_args.samples_per_prompt,
+        "num_pair_prompts": run_args.num_pair_prompts,
+        "max_completion_length": run_args.max_completion_length,
+        "seed": training_args.seed,
+        "num_processes": state.num_processes,
+    }
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        if found["made_with"] == made_with:
+            return Dataset.from_list(found["pairs"]), found["seconds"]
+    started = time.monotonic()
+    prompts = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
+    if run_args.num_pair_prompts:
+        prompts = prompts.shuffle(seed=training_args.seed).select(range(min(run_args.num_pair_prompts, len(prompts))))
+    rewards = [
+        ClassifierReward(reward, batch_size=run_args.sampling_batch_size, device=state.device)
+        if isinstance(reward, str)
+        else reward
+        for reward in load_rewards(run_args)
+    ]
+    mine = prompts.shard(state.num_processes, state.process_index, contiguous=True)
+    pairs = gather_object(
+        sample_pairs(
+            lm.to(state.device) if not getattr(lm, "is_quantized", False) else lm,
+            tokenizer,
+            mine,
+            WeightedReward(rewards, run_args.reward_weights),
+            samples_per_prompt=run_args.samples_per_prompt,
+            batch_size=run_args.sampling_batch_size,
+            max_new_tokens=run_args.max_completion_length,
+            seed=training_args.seed + 1000 * state.process_index,
+        )
+    )
+    if not pairs:
+        raise ValueError("The reward prefers none of the samples to another: there are no pairs to train on.")
+    seconds = time.monotonic() - started
+    if state.is_main_process:
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump({"made_with": made_with, "seconds": seconds, "pairs": pairs}, file, indent=1)
+        os.replace(path + ".tmp", path)
+    state.wait_for_everyone()
+    return Dataset.from_list(pairs), seconds
+
+
+@torch.inference_mode()
+def sample_pairs(
+    lm,
+    tokenizer,
+    prompts: Dataset,
+    reward: Callable,
+    *,
+    samples_per_prompt: int,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int,
+) -> list[dict]:
+    """The best of several samples of each prompt against the worst; no pair where the reward prefers none, or both are
+    the same text."""
+    columns = {name: prompts[name][:] for name in prompts.column_names if name != "prompt"}
+    conversations = prompts["prompt"][:]
+    policy = BestOfNPolicy(
+        lm,
+        tokenizer,
+        reward,
+        n=samples_per_prompt,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    samples = policy.sample(conversations, **columns)
+    conversational = is_conversational({"prompt": conversations[0]})
+    pairs = []
+    for i, prompt in enumerate(conversations):
+        scored = sorted(((rewards[i], texts[i]) for rewards, texts in zip(samples.rewards, samples.texts)))
+        (low, worst), (high, best) = scored[0], scored[-1]
+        if best != worst and not math.isclose(low, high):
+            if conversational:
+                best, worst = ([{"role": "assistant", "content": text}] for text in (best, worst))
+            pairs.append({"prompt": prompt, "chosen": best, "rejected": worst})
+    return pairs

@@ -1,0 +1,13 @@
+"""GRPO: group relative policy optimisation of the LM itself (Shao et al. 2024, arXiv 2402.03300), by TRL."""
+
+from trl import GRPOConfig, GRPOTrainer
+
+from baselines.training import LoraModelConfig, train_on_reward
+from trl_proxy.runs import RunArguments
+
+CONFIGS = (RunArguments, GRPOConfig, LoraModelConfig)
+
+
+def train(run_args: RunArguments, training_args: GRPOConfig, model_args: LoraModelConfig) -> GRPOTrainer:
+    """See [`train_on_reward`]."""
+    return train_on_reward(GRPOTrainer, run_args, training_args, model_args)

@@ -1,0 +1,49 @@
+"""Train a baseline on the prompts and rewards of the proxy: the language model itself, by LoRA unless told otherwise.
+
+On a bare machine (embedded LM, reward and prompts, 2 CPU cores):
+
+    accelerate launch scripts/train_baseline.py --method rlhf --config scripts/recipes/rlhf_smollm2_cpu.yaml
+
+The flags are those of TRL's configurations: PPOConfig of this project (rlhf), DPOConfig, RLOOConfig or GRPOConfig, and
+its ModelConfig. `--help` after `--method` lists them. The same command again goes on where an interrupted run stopped.
+"""
+
+import importlib
+import sys
+
+from trl import TrlParser
+
+from trl_proxy.actor_critic import RewardError
+from trl_proxy.runs import leave
+
+METHODS = ("rlhf", "rloo", "grpo", "dpo")
+
+
+def parse(arguments: list[str]):
+    """The method's module and its configurations."""
+    arguments = list(arguments)
+    method = None
+    if "--method" in arguments[:-1]:
+        i = arguments.index("--method")
+        method = arguments[i + 1]
+        del arguments[i : i + 2]
+    if method not in METHODS:
+        raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method}.")
+    module = importlib.import_module(f"baselines.{method}")
+    parser = TrlParser(module.CONFIGS, description=f"{method}: {module.__doc__.strip()}")
+    return module, parser.parse_args_and_config(arguments)
+
+
+def main(arguments: list[str]):
+    """Trains, and returns the trainer."""
+    module, configs = parse(arguments)
+    return module.train(*configs)
+
+
+if __name__ == "__main__":
+    try:
+        trainer = main(sys.argv[1:])
+    except (ValueError, RewardError) as error:
+        print(f"train_baseline: {error}", file=sys.stderr)
+        leave(1)
+    leave(0)

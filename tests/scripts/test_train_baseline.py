@@ -1,0 +1,159 @@
+"""scripts/train_baseline.py: every method trains a tiny LM, goes on where it stopped, and leaves a policy."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from baselines.training import load_trained
+from trl_proxy.defaults import load_lm
+
+ONLINE = ("rlhf", "rloo", "grpo")
+METHODS = (*ONLINE, "dpo")
+
+
+@pytest.fixture(scope="module")
+def script(load_script):
+    return load_script("train_baseline")
+
+
+@pytest.fixture
+def train(script, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
+    """`train(method, **flags)` -> the trainer, after a run of seconds."""
+    tiny_lm("llama").save_pretrained(tmp_path / "lm")
+    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{a}{b}"}) + "\n" for a in "abcdef" for b in "wxyz")
+    )
+    (tmp_path / "my_rewards.py").write_text(
+        "def upper(prompts, completions, **kwargs):\n"
+        "    return [float(sum(c.isupper() for c in x)) for x in completions]\n\n\n"
+        "def same(prompts, completions, **kwargs):\n"
+        "    return [1.0] * len(prompts)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(method, **changes):
+        flags = {
+            "model_name_or_path": tmp_path / "lm",
+            "dataset_name": tmp_path / "prompts.jsonl",
+            "reward_funcs": "my_rewards.upper",
+            "output_dir": tmp_path / method,
+            "per_device_train_batch_size": 4,
+            "max_completion_length": 6,
+            "max_steps": 8,
+            "save_steps": 4,
+            "logging_steps": 4,
+            "lora_r": 4,
+            "learning_rate": 0.01,
+            "gradient_checkpointing": "false",
+            "use_cpu": "true",
+            "bf16": "false",
+            "report_to": "none",
+        }
+        if method in ONLINE:
+            flags |= {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 2}
+        return script.main(
+            ["--method", method, *(x for k, v in (flags | changes).items() for x in (f"--{k}", *str(v).split()))]
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_trains_and_leaves_a_policy(train, method, tmp_path):
+    train(method)
+    folder = tmp_path / method
+    results = json.loads((folder / "train_results.json").read_text())
+    assert results["steps"] == 8
+    assert results["train_seconds"] > 0
+    assert results["episodes"] == (16 if method in ONLINE else 32)
+    assert (folder / "value_head.safetensors").exists() == (method == "rlhf")
+    assert json.loads((folder / "run.json").read_text())["lora_r"] == 4
+    lm, tokenizer = load_lm(str(tmp_path / "lm"))
+    plain = lm(torch.tensor([[5, 6, 7]])).logits
+    policy = load_trained(folder, lm, tokenizer, batch_size=2, max_new_tokens=6)
+    assert (policy.model(torch.tensor([[5, 6, 7]])).logits - plain).abs().max() > 1e-4
+    assert len(policy.complete(["ab", "c"]).texts) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_command_goes_on_and_equals_one_run(train, method, tmp_path):
+    train(method)
+    whole = load_file(tmp_path / method / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / method / "checkpoint-8")
+    for _ in range(2):  # an interrupted run, and one with nothing left to do
+        train(method)
+        again = load_file(tmp_path / method / "adapter_model.safetensors")
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_all_weights_can_be_trained(train, tmp_path, tiny_lm):
+    train("rlhf", use_peft="false", beta=0.0)
+    lm, tokenizer = load_lm(str(tmp_path / "lm"))
+    policy = load_trained(tmp_path / "rlhf", lm, tokenizer, batch_size=2, max_new_tokens=6)
+    assert policy.model is not lm
+    assert "value_head" not in str(load_file(tmp_path / "rlhf" / "model.safetensors").keys())
+
+
+@pytest.mark.parametrize("method", ["rlhf", "dpo"])
+def test_the_clock_ends_a_run(train, method, tmp_path):
+    for _ in range(2):  # called again, it is over
+        trainer = train(method, max_train_seconds=0.01)
+        assert trainer.state.global_step == (4 if method == "rlhf" else 1), "at the end of a rollout"
+        assert (tmp_path / method / f"checkpoint-{trainer.state.global_step}").is_dir()
+
+
+def test_pairs_are_made_once(train, tmp_path):
+    train("dpo", num_pair_prompts=10, samples_per_prompt=3)
+    path = tmp_path / "dpo" / "pairs.json"
+    found = json.loads(path.read_text())
+    assert 5 < len(found["pairs"]) <= 10
+    upper = lambda text: sum(c.isupper() for c in text)  # noqa: E731
+    assert all(upper(pair["chosen"]) > upper(pair["rejected"]) for pair in found["pairs"])
+    before = path.read_text()
+    train("dpo", num_pair_prompts=10, samples_per_prompt=3)
+    assert path.read_text() == before
+    seconds = json.loads((tmp_path / "dpo" / "train_results.json").read_text())["train_seconds"]
+    assert seconds > found["seconds"]
+
+
+def test_pairs_of_a_dataset(train, tmp_path):
+    rows = [{"prompt": f"{a}b", "chosen": "XYZ", "rejected": "xyz"} for a in "abcdefgh"]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train("dpo", pairs="dataset", dataset_name=path)
+    assert not (tmp_path / "dpo" / "pairs.json").exists()
+    path.write_text("".join(json.dumps({**row, "rejected": "XYZ"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="a pair whose two responses are the same, to the prompt 'ab'"):
+        train("dpo", pairs="dataset", dataset_name=path, output_dir=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "message"),
+    [
+        ("ppo", {}, "--method must be one of rlhf, rloo, grpo, dpo, got ppo"),
+        ("dpo", {"pairs": "dataset"}, "has no column chosen, rejected: DPO needs prompt, chosen, rejected"),
+        ("dpo", {"samples_per_prompt": 1}, "`samples_per_prompt` must be at least 2"),
+        ("dpo", {"reward_funcs": "my_rewards.same"}, "The reward prefers none of the samples to another"),
+        ("dpo", {"reward_weights": "1 2"}, "`reward_weights` has 2 weights for 1 rewards"),
+        ("rlhf", {"max_train_seconds": 0}, "`max_train_seconds` must be above 0"),
+    ],
+)
+def test_bad_input_is_named(train, method, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(method, **flags)
+
+
+def test_another_lms_adapter_is_refused(train, tmp_path, tiny_lm, tiny_tokenizer):
+    train("rlhf")
+    tiny_lm("llama").save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    lm, tokenizer = load_lm(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"holds an adapter of .*lm, not of .*other"):
+        load_trained(tmp_path / "rlhf", lm, tokenizer, batch_size=2, max_new_tokens=6)
+    with pytest.raises(ValueError, match="holds no trained model"):
+        load_trained(tmp_path, lm, tokenizer, batch_size=2, max_new_tokens=6)

@@ -1,0 +1,205 @@
+"""What the training scripts share: where model, data and rewards come from, going on with an interrupted run, its
+clock and its record."""
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, get_quantization_config
+
+from .defaults import EMBEDDED, load_lm, load_prompts, load_reward
+
+RUN_FILE = "run.json"
+# What may differ between an interrupted run and the command that goes on with it.
+_NOT_IDENTITY = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "log_level", "report_to"}
+
+
+@dataclass
+class RunArguments(ScriptArguments):
+    """TRL's script arguments, where the reward comes from, and how long to train."""
+
+    dataset_name: str | None = field(default=EMBEDDED, metadata={"help": "`embedded`, a JSON file or a hub dataset."})
+    dataset_test_split: str = field(default="validation", metadata={"help": "Split for evaluation while training."})
+    reward_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "`embedded`, `embedded:harmless`, `embedded:helpful`, or a model id. Default: `embedded`."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Dotted import paths of reward functions, beside the reward model."}
+    )
+    max_train_seconds: float | None = field(
+        default=None,
+        metadata={"help": "End training after so long, validation included, if not before."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train from the start in a folder that holds another run's checkpoints."}
+    )
+
+    def __post_init__(self):
+        if self.max_train_seconds is not None and self.max_train_seconds <= 0:
+            raise ValueError(f"`max_train_seconds` must be above 0, got {self.max_train_seconds}.")
+
+
+# Where a run begins
+
+
+def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:
+    """Prompts to train on, and to evaluate on where the training arguments ask for it."""
+    train = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
+    if training_args.eval_strategy == "no":
+        return train, None
+    return train, load_prompts(run_args.dataset_name, run_args.dataset_test_split)
+
+
+def load_rewards(run_args: RunArguments) -> list:
+    """The reward model and the reward functions, as TRL's trainers take them."""
+    names = [run_args.reward_model_name_or_path] if run_args.reward_model_name_or_path else []
+    names += run_args.reward_funcs or []
+    return [load_reward(name) for name in names or [EMBEDDED]]
+
+
+def load_policy(model_args: ModelConfig, training_args):
+    """The LM that the model arguments name, and its tokenizer."""
+    return load_lm(
+        model_args.model_name_or_path or EMBEDDED,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+    )
+
+
+def identity(*configs) -> dict:
+    """What makes a run the run it is, as JSON-ready values."""
+    values = {k: v for config in configs for k, v in dataclasses.asdict(config).items() if k not in _NOT_IDENTITY}
+    return json.loads(json.dumps(values, default=str, sort_keys=True))
+
+
+def checkpoint_to_resume(output_dir: str, run: dict, overwrite: bool) -> str | None:
+    """The last checkpoint of this very run in `output_dir`; `ValueError` where it holds another run's."""
+    path = os.path.join(output_dir, RUN_FILE)
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if last is None or overwrite:
+        return None
+    if not os.path.isfile(path):
+        raise ValueError(f"{output_dir} holds a checkpoint of something else: choose another --output_dir.")
+    with open(path, encoding="utf-8") as file:
+        before = json.load(file)
+    changed = sorted(key for key in run.keys() | before.keys() if run.get(key) != before.get(key))
+    if changed:
+        raise ValueError(
+            f"{output_dir} holds the checkpoint of another run (different: {', '.join(changed)}): choose another "
+            "--output_dir, or start anew with --overwrite_output_dir."
+        )
+    return last
+
+
+# The run itself
+
+
+def _logged_seconds(state: TrainerState) -> float:
+    return next((entry["train_seconds"] for entry in reversed(state.log_history) if "train_seconds" in entry), 0.0)
+
+
+class RunClock(TrainerCallback):
+    """Logs how long a run has trained, the parts before an interruption included, and ends it when its time is over.
+
+    Args:
+        limit: seconds; None for no end.
+        before: seconds that were spent on this run already, before its first step.
+        cycle: optimizer steps between two rollouts. Within a rollout's updates a run does not end.
+    """
+
+    def __init__(self, limit: float | None, before: float = 0.0, cycle: int = 1):
+        self.limit, self.before, self.cycle = limit, before, max(cycle, 1)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.spent = max(_logged_seconds(state), self.before)
+        self.started = time.monotonic()
+
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.started
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.log_history:
+            state.log_history[-1]["train_seconds"] = self.seconds()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.limit is None or state.global_step % self.cycle:
+            return control
+        over = [self.seconds() >= self.limit]
+        if args.world_size > 1:  # all processes stop at the same step
+            broadcast_object_list(over)
+        if over[0]:
+            control.should_training_stop = control.should_log = control.should_save = True
+        return control
+
+
+def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seconds_before: float = 0.0) -> None:
+    """Trains, or goes on from `checkpoint`; saves the result, the trainer's state and the run's record to the output
+    folder."""
+    args = trainer.args
+    if trainer.accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with open(os.path.join(args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=2)
+    rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+    cycle = rollout // args.gradient_accumulation_steps
+    trainer.add_callback(RunClock(run_args.max_train_seconds, seconds_before, cycle))
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
+    over = state and _logged_seconds(state) >= (run_args.max_train_seconds or float("inf"))
+    if state and (over or state.global_step >= state.max_steps):
+        # transformers would train one step more.
+        trainer.accelerator.print(f"{checkpoint} is the end of this run: nothing left to train.")
+        if args.load_best_model_at_end and state.best_global_step:
+            checkpoint = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{state.best_global_step}")
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+    else:
+        if checkpoint:
+            trainer.accelerator.print(f"Going on from {checkpoint}.")
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    trainer.save_metrics("train", measured(trainer), combined=False)
+    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=run_args.dataset_name)
+
+
+def measured(trainer) -> dict[str, float]:
+    """What the whole run took, the parts before an interruption included: for the records of compare.py."""
+    args = trainer.args
+    peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024)  # KiB -> MiB
+    if torch.cuda.is_available():
+        peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**20)
+    peak = trainer.accelerator.reduce(peak.to(trainer.accelerator.device), reduction="sum")
+    samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "episodes": trainer.state.global_step * samples // getattr(args, "num_iterations", 1),
+        "steps": trainer.state.global_step,
+        "num_processes": args.world_size,
+        "train_seconds": _logged_seconds(trainer.state),
+        "train_peak_memory_mb": peak.item(),
+    }
+
+
+def leave(status: int) -> None:
+    """Ends the process. One of several ends without taking its objects apart: the last reference to a gloo process
+    group is DDP's, its destructor waits for a thread, and now and then that thread waits for the interpreter. So keep
+    the trainer until then."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
