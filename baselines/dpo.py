@@ -65,8 +65,8 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     Returns:
         the trainer; its `model` is trained, and saved in the output folder.
     """
-    run = identity(run_args, training_args, model_args)
-    checkpoint = checkpoint_to_resume(training_args.output_dir, run, run_args.overwrite_output_dir)
+    run = {"method": "dpo", **identity(run_args, training_args, model_args)}
+    checkpoint = checkpoint_to_resume(run_args, training_args, run)
     set_seed(training_args.seed)
     lm, tokenizer = load_policy(model_args, training_args)
     seconds = 0.0

@@ -10,4 +10,4 @@ CONFIGS = (RunArguments, GRPOConfig, LoraModelConfig)
 
 def train(run_args: RunArguments, training_args: GRPOConfig, model_args: LoraModelConfig) -> GRPOTrainer:
     """See [`train_on_reward`]."""
-    return train_on_reward(GRPOTrainer, run_args, training_args, model_args)
+    return train_on_reward("grpo", GRPOTrainer, run_args, training_args, model_args)

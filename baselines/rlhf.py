@@ -9,4 +9,4 @@ CONFIGS = (RunArguments, PPOConfig, LoraModelConfig)
 
 def train(run_args: RunArguments, training_args: PPOConfig, model_args: LoraModelConfig) -> PPOTrainer:
     """See [`train_on_reward`]."""
-    return train_on_reward(PPOTrainer, run_args, training_args, model_args)
+    return train_on_reward("rlhf", PPOTrainer, run_args, training_args, model_args)

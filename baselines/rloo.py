@@ -11,4 +11,4 @@ CONFIGS = (RunArguments, RLOOConfig, LoraModelConfig)
 
 def train(run_args: RunArguments, training_args: RLOOConfig, model_args: LoraModelConfig) -> RLOOTrainer:
     """See [`train_on_reward`]."""
-    return train_on_reward(RLOOTrainer, run_args, training_args, model_args)
+    return train_on_reward("rloo", RLOOTrainer, run_args, training_args, model_args)

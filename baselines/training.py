@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import ModelConfig, get_peft_config
 
 from baselines.sft import SFTPolicy
+from trl_proxy.decoding import HiddenTap
 from trl_proxy.runs import (
     RunArguments,
     checkpoint_to_resume,
@@ -30,14 +31,14 @@ class LoraModelConfig(ModelConfig):
     )
 
 
-def train_on_reward(trainer_class, run_args: RunArguments, training_args, model_args: LoraModelConfig):
+def train_on_reward(method: str, trainer_class, run_args: RunArguments, training_args, model_args: LoraModelConfig):
     """Trains an LM by one of TRL's online trainers, on the same prompts and rewards as the proxy.
 
     Returns:
         the trainer; its `model` is trained, and saved in the output folder.
     """
-    run = identity(run_args, training_args, model_args)
-    checkpoint = checkpoint_to_resume(training_args.output_dir, run, run_args.overwrite_output_dir)
+    run = {"method": method, **identity(run_args, training_args, model_args)}
+    checkpoint = checkpoint_to_resume(run_args, training_args, run)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args)
     set_seed(training_args.seed)
@@ -51,11 +52,49 @@ def train_on_reward(trainer_class, run_args: RunArguments, training_args, model_
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    fit(trainer, run, run_args, checkpoint)
+    # The head gets a contiguous tensor: for the slice that TRL's trainers ask for, torch on a CPU copies its weights
+    # once per row of the batch.
+    with HiddenTap(lm):
+        fit(trainer, run, run_args, checkpoint)
     return trainer
 
 
-def load_trained(folder: str | os.PathLike, lm, tokenizer, *, batch_size: int, max_new_tokens: int) -> SFTPolicy:
+class TunedPolicy(SFTPolicy):
+    """Greedy decoding of a trained LM.
+
+    Attributes:
+        frozen: the LM as it was before training, to judge how likely responses are.
+    """
+
+    def __init__(self, model, lm, tokenizer, **decoding):
+        super().__init__(model, tokenizer, **decoding)
+        self.frozen = WithoutAdapter(model, lm) if isinstance(model, PeftModel) else lm
+
+    def parameters_report(self) -> dict[str, int]:
+        """Numbers of parameters that were trained, and of all."""
+        total = self.model.num_parameters()
+        is_adapter = isinstance(self.model, PeftModel)
+        trained = sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter or "lora_" in name)
+        return {"trainable_parameters": trained, "total_parameters": total}
+
+    def close(self) -> None:
+        """Takes an adapter off the LM again."""
+        if isinstance(self.model, PeftModel):
+            self.model.unload()
+
+
+class WithoutAdapter:
+    """The LM under an adapter: called like the LM, as if the adapter were not there."""
+
+    def __init__(self, model: PeftModel, lm):
+        self.model, self.config, self.device = model, lm.config, lm.device
+
+    def __call__(self, **inputs):
+        with self.model.disable_adapter():
+            return self.model(**inputs)
+
+
+def load_trained(folder: str | os.PathLike, lm, tokenizer, *, batch_size: int, max_new_tokens: int) -> TunedPolicy:
     """The policy that a baseline's output folder holds, decoded greedily: a LoRA adapter is put on `lm`, and a whole
     model is loaded beside it.
 
@@ -77,4 +116,4 @@ def load_trained(folder: str | os.PathLike, lm, tokenizer, *, batch_size: int, m
         model.to(lm.device)
     else:
         raise ValueError(f"{folder} holds no trained model: neither adapter_config.json nor config.json is there.")
-    return SFTPolicy(model.eval(), tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return TunedPolicy(model.eval(), lm, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)

@@ -1,4 +1,4 @@
-"""Compares trained proxies with the plain LM and with best-of-n on the same prompts, batches and rewards.
+"""Compares trained proxies and baselines with the LM itself and best-of-n on the same prompts, batches and rewards.
 
 The embedded LM, reward and prompts, on two CPU cores:
 
@@ -31,13 +31,15 @@ from trl import ModelConfig, TrlParser, get_quantization_config
 
 from baselines import best_of_n, sft
 from baselines.policy import ProxyPolicy
+from baselines.reward_model import load_callable_reward
+from baselines.training import load_trained
 from eval.harness import Run, evaluate_completions, evaluate_policy, prompts_sha256, read_records
 from eval.plots import draw_all, plot_training_curve
 from eval.report import print_tables, report_markdown, samples_markdown
-from eval.reward_model import load_callable_reward
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file
 from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
+from trl_proxy.runs import RUN_FILE
 
 METHODS = ("sft", "proxy", "best_of_n")
 TEMPERATURE = 1.0  # of best-of-n: samples of the LM's own distribution
@@ -50,6 +52,9 @@ class CompareArguments:
     proxies: list[str] = field(
         default_factory=list,
         metadata={"help": "Folders of trained proxies. `folder:seed` says the training seed where run.json does not."},
+    )
+    baselines: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of scripts/train_baseline.py, of any method and seed."}
     )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
@@ -94,9 +99,10 @@ class CompareArguments:
 
 
 @dataclass(frozen=True)
-class TrainedProxy:
-    """A trained proxy's folder (or hub repository) and what its training left there."""
+class Trained:
+    """The folder (or hub repository) of something trained, and what its training left there."""
 
+    method: str
     folder: str
     seed: int
     variant: str
@@ -124,7 +130,7 @@ def describe(config: ProxyConfig) -> str:
     return ", ".join([config.features, *(f"{name}={value}" for name, value in changed.items())])
 
 
-def read_proxy(name: str) -> TrainedProxy:
+def read_proxy(name: str) -> Trained:
     """Reads a trained proxy's folder, without its weights.
 
     Args:
@@ -145,11 +151,8 @@ def read_proxy(name: str) -> TrainedProxy:
                 f"{folder} has no run.json of scripts/train_proxy.py: give its training seed, {folder}:0."
             )
         seed = run["seed"]
-    state_file = Path(folder, "trainer_state.json")
-    # What scripts/train_proxy.py measured, of finished runs
-    results_file = Path(folder, "train_results.json")
-    results = json.loads(results_file.read_text()) if results_file.is_file() else {}
-    return TrainedProxy(
+    return Trained(
+        method="proxy",
         folder=folder,
         seed=seed,
         variant=describe(config),
@@ -158,12 +161,45 @@ def read_proxy(name: str) -> TrainedProxy:
             "proxy_weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         },
         adapter_bytes=weights.stat().st_size,
-        episodes=results.get("episodes"),
-        episodes_per_step=results["episodes"] / results["steps"] if results else None,
-        train_seconds=results.get("train_seconds"),
-        train_peak_memory_mb=results.get("train_peak_memory_mb"),
-        trainer_state=state_file if results and state_file.is_file() else None,
+        **read_results(folder),
     )
+
+
+def read_baseline(folder: str) -> Trained:
+    """Reads the output folder of scripts/train_baseline.py, without its weights.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    run_file = Path(folder, RUN_FILE)
+    if not run_file.is_file():
+        raise ValueError(f"{folder} has no {RUN_FILE}: it is no output folder of scripts/train_baseline.py.")
+    run = json.loads(run_file.read_text())
+    weights = next((p for p in sorted(Path(folder).glob("*model*.safetensors"))), None)
+    if weights is None:
+        raise ValueError(f"{folder} holds no trained model yet: let scripts/train_baseline.py finish first.")
+    return Trained(
+        method=run["method"],
+        folder=folder,
+        seed=run["seed"],
+        variant=f"lora_r={run['lora_r']}" if run["use_peft"] else "full",
+        settings={"weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        adapter_bytes=weights.stat().st_size,
+        **read_results(folder),
+    )
+
+
+def read_results(folder: str) -> dict:
+    """What a training script measured, of finished runs."""
+    state_file, results_file = Path(folder, "trainer_state.json"), Path(folder, "train_results.json")
+    results = json.loads(results_file.read_text()) if results_file.is_file() else {}
+    return {
+        "episodes": results.get("episodes"),
+        "episodes_per_step": results["episodes"] / results["steps"] if results else None,
+        "train_seconds": results.get("train_seconds"),
+        "train_peak_memory_mb": results.get("train_peak_memory_mb"),
+        "trainer_state": state_file if results and state_file.is_file() else None,
+    }
 
 
 def select_prompts(args: CompareArguments) -> Dataset:
@@ -179,9 +215,9 @@ def select_prompts(args: CompareArguments) -> Dataset:
 
 
 def plan(
-    args: CompareArguments, model_args: ModelConfig, proxies: list[TrainedProxy], prompts: Dataset
-) -> list[tuple[Run, TrainedProxy | int | None]]:
-    """Every evaluation with what it needs: a proxy, the n of best-of-n, or nothing.
+    args: CompareArguments, model_args: ModelConfig, trained: list[Trained], prompts: Dataset
+) -> list[tuple[Run, Trained | int | None]]:
+    """Every evaluation with what it needs: something trained, the n of best-of-n, or nothing.
 
     Raises:
         ValueError: if two of them would write the same record.
@@ -202,20 +238,19 @@ def plan(
         "load_in_8bit": model_args.load_in_8bit,
     }
     jobs = [(Run(method="sft", seed=args.seed, settings=settings, trainable_parameters=0, **common), None)]
-    if "proxy" in args.methods:
-        for proxy in proxies:
-            run = Run(
-                method="proxy",
-                variant=proxy.variant,
-                seed=proxy.seed,
-                settings={**settings, **proxy.settings},
-                adapter_bytes=proxy.adapter_bytes,
-                episodes=proxy.episodes,
-                train_seconds=proxy.train_seconds,
-                train_peak_memory_mb=proxy.train_peak_memory_mb,
-                **common,
-            )
-            jobs.append((run, proxy))
+    for one in trained:
+        run = Run(
+            method=one.method,
+            variant=one.variant,
+            seed=one.seed,
+            settings={**settings, **one.settings},
+            adapter_bytes=one.adapter_bytes,
+            episodes=one.episodes,
+            train_seconds=one.train_seconds,
+            train_peak_memory_mb=one.train_peak_memory_mb,
+            **common,
+        )
+        jobs.append((run, one))
     if "best_of_n" in args.methods:
         for n in sorted(set(args.best_of)):
             sampling = {**settings, "temperature": TEMPERATURE}
@@ -232,7 +267,7 @@ def plan(
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(
-            f"Two proxies would write {twice}, being of one variant and seed: give their seeds as folder:seed, or "
+            f"Two runs would write {twice}, being of one variant and seed: give their seeds as folder:seed, or "
             "compare them under different --output_dir."
         )
     return jobs
@@ -271,7 +306,7 @@ def evaluate(
     args: CompareArguments,
     model_args: ModelConfig,
     prompts: Dataset,
-    jobs: list[tuple[Run, TrainedProxy | int | None]],
+    jobs: list[tuple[Run, Trained | int | None]],
 ) -> None:
     """Evaluates the jobs that have no record yet."""
     records = [None if args.overwrite else existing_record(run, args.output_dir) for run, _ in jobs]
@@ -312,15 +347,23 @@ def evaluate(
         speed = sum(map(len, completions.token_ids)) / completions.seconds
     results = {"output_dir": args.output_dir, "baseline_record": sft_record, "tokens_per_second_sft": speed}
 
-    for run, proxy in pending:
-        if run.method != "proxy":
+    for run, trained in pending:
+        if not isinstance(trained, Trained):
             continue
-        print(f"proxy ({run.variant}), seed {run.seed}: {proxy.folder}")
-        model = ProxyModelForCausalLM.from_pretrained(lm, proxy.folder)
-        trainable, total = model.get_nb_trainable_parameters()
-        run = start(run, trainable_parameters=trainable, total_parameters=total)
-        policy_lm = model if model.proxy_config.features == "prefix" else None
-        evaluate_policy(ProxyPolicy(model, tokenizer, **decoding), *shared, run=run, policy_lm=policy_lm, **results)
+        print(f"{run.method} ({run.variant}), seed {run.seed}: {trained.folder}")
+        if run.method == "proxy":
+            model = ProxyModelForCausalLM.from_pretrained(lm, trained.folder)
+            trainable, total = model.get_nb_trainable_parameters()
+            run = start(run, trainable_parameters=trainable, total_parameters=total)
+            policy_lm = model if model.proxy_config.features == "prefix" else None
+            policy = ProxyPolicy(model, tokenizer, **decoding)
+            evaluate_policy(policy, *shared, run=run, policy_lm=policy_lm, **results)
+        else:
+            policy = load_trained(trained.folder, lm, tokenizer, **decoding)
+            run = start(run, **policy.parameters_report())
+            judges = (prompts, reward, gold_reward, policy.frozen, tokenizer)
+            evaluate_policy(policy, *judges, run=run, policy_lm=policy.model, **results)
+            policy.close()
 
     pending_n = [(run, n) for run, n in pending if run.method == "best_of_n"]
     if pending_n:
@@ -333,11 +376,12 @@ def evaluate(
             evaluate_completions(best_of_n.best_of(samples, n), *shared, run=run, **results)
 
 
-def draw(output_dir: str, proxies: list[TrainedProxy]) -> None:
-    """Tables, plots, samples and report, from the records alone (and the training logs of the proxies)."""
+def draw(output_dir: str, trained: list[Trained]) -> None:
+    """Tables, plots, samples and report, from the records alone (and the training logs)."""
     records = read_records(output_dir)
     paths = draw_all(records, output_dir)
-    curves = {f"{p.variant}, seed {p.seed}": p for p in proxies if p.trainer_state and p.episodes_per_step}
+    logged = [one for one in trained if one.trainer_state and one.episodes_per_step]
+    curves = {f"{one.method} ({one.variant}), seed {one.seed}": one for one in logged}
     if curves:
         curve = Path(output_dir, "plots", "training_curve")
         paths.append(
@@ -351,10 +395,11 @@ def draw(output_dir: str, proxies: list[TrainedProxy]) -> None:
 
 def main(args: CompareArguments, model_args: ModelConfig) -> None:
     """Checks everything that can be checked before a model is loaded, evaluates, draws."""
-    proxies = [read_proxy(name) for name in args.proxies] if "proxy" in args.methods else []
+    trained = [read_proxy(name) for name in args.proxies] if "proxy" in args.methods else []
+    trained += [read_baseline(folder) for folder in args.baselines]
     prompts = select_prompts(args)
-    evaluate(args, model_args, prompts, plan(args, model_args, proxies, prompts))
-    draw(args.output_dir, proxies)
+    evaluate(args, model_args, prompts, plan(args, model_args, trained, prompts))
+    draw(args.output_dir, trained)
 
 
 if __name__ == "__main__":

@@ -85,11 +85,15 @@ def identity(*configs) -> dict:
     return json.loads(json.dumps(values, default=str, sort_keys=True))
 
 
-def checkpoint_to_resume(output_dir: str, run: dict, overwrite: bool) -> str | None:
-    """The last checkpoint of this very run in `output_dir`; `ValueError` where it holds another run's."""
+def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> str | None:
+    """The checkpoint that is asked for, or the last one of this very run in its output folder; `ValueError` where that
+    holds another run's."""
+    if training_args.resume_from_checkpoint:
+        return training_args.resume_from_checkpoint
+    output_dir = training_args.output_dir
     path = os.path.join(output_dir, RUN_FILE)
     last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if last is None or overwrite:
+    if last is None or run_args.overwrite_output_dir:
         return None
     if not os.path.isfile(path):
         raise ValueError(f"{output_dir} holds a checkpoint of something else: choose another --output_dir.")
@@ -175,6 +179,7 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
     trainer.accelerator.print(f"Saved to {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run_args.dataset_name)
+    trainer.end()
 
 
 def measured(trainer) -> dict[str, float]:

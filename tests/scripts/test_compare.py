@@ -5,8 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
@@ -43,6 +46,12 @@ def folder(tmp_path_factory, tiny_lm, tiny_tokenizer, with_random_gate):
         (folder / name / "run.json").write_text(json.dumps(run))
         (folder / name / "train_results.json").write_text(json.dumps(results))
         (folder / name / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": history}))
+    base = AutoModelForCausalLM.from_pretrained(folder / "lm")
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    get_peft_model(base, adapter).save_pretrained(folder / "rlhf")
+    run = {"method": "rlhf", "seed": 7, "use_peft": True, "lora_r": 4}
+    (folder / "rlhf" / "run.json").write_text(json.dumps(run))
     rows = [
         {"prompt": [{"role": "user", "content": "x" * (i + 1)}], "kind": ["everyday", "harm_adjacent"][i % 2]}
         for i in range(6)
@@ -137,6 +146,27 @@ def test_a_whole_comparison(run, tmp_path, capsys):
     assert "best_of_n (n=2)" in capsys.readouterr().out
 
 
+def test_a_trained_baseline_leaves_the_lm_as_it_was(run, folder, tmp_path):
+    """Its adapter judges nothing, and is off the LM when the next method is evaluated."""
+    records = run(baselines=[folder / "rlhf"], output_dir=tmp_path / "with")
+    without = run(output_dir=tmp_path / "without")
+    assert set(records) - set(without) == {"rlhf-lora_r=4-seed7"}
+    for name in without:
+        assert records[name]["responses"] == without[name]["responses"], name
+        assert records[name]["lm_logprob_per_token"] == pytest.approx(without[name]["lm_logprob_per_token"])
+    rlhf, sft = records["rlhf-lora_r=4-seed7"], records["sft-seed0"]
+    assert rlhf["responses"] != sft["responses"]
+    assert rlhf["kl_to_lm"] > 0.01
+    assert rlhf["lm_logprob_per_token"] < sft["lm_logprob_per_token"]
+    assert rlhf["adapter_bytes"] > 4 * rlhf["trainable_parameters"] > 0
+    assert rlhf["total_parameters"] == sft["total_parameters"] + rlhf["trainable_parameters"]
+
+
+def test_folders_that_are_no_baselines_are_named(run, folder, no_model):
+    with pytest.raises(ValueError, match=r"prompts.jsonl has no run.json"):
+        run(baselines=[folder / "prompts.jsonl"])
+
+
 def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_path):
     settings = {"methods": ["best_of_n"]}
     monkeypatch.setattr(compare, "draw", lambda *args: None)
@@ -208,7 +238,7 @@ def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm)
     ProxyModelForCausalLM(tiny_lm(), ProxyConfig(p_t=0.02)).save_pretrained(tmp_path / "p")
     with pytest.raises(ValueError, match=r"has no run.json .* give its training seed, .*p:0"):
         run(proxies=[tmp_path / "p"])
-    with pytest.raises(ValueError, match=r"Two proxies would write .*proxy-prefix_p_t=0.02-seed5.json"):
+    with pytest.raises(ValueError, match=r"Two runs would write .*proxy-prefix_p_t=0.02-seed5.json"):
         run(proxies=[folder / "prefix", f"{tmp_path / 'p'}:5"])
 
 

@@ -1,11 +1,11 @@
-"""Tests of `eval.reward_model` with a tiny classifier saved to disk, as a model id would be."""
+"""Tests of `baselines.reward_model` with a tiny classifier saved to disk, as a model id would be."""
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 from trl import apply_chat_template
 
-from eval.reward_model import ClassifierReward, load_callable_reward
+from baselines.reward_model import ClassifierReward, load_callable_reward
 from trl_proxy.rewards import sentiment_reward
 
 
