@@ -27,7 +27,7 @@ def train(script, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{a}{b}"}) + "\n" for a in "abcdef" for b in "wxyz")
     )
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "baseline_rewards.py").write_text(
         "def upper(prompts, completions, **kwargs):\n"
         "    return [float(sum(c.isupper() for c in x)) for x in completions]\n\n\n"
         "def same(prompts, completions, **kwargs):\n"
@@ -40,7 +40,7 @@ def train(script, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
         flags = {
             "model_name_or_path": tmp_path / "lm",
             "dataset_name": tmp_path / "prompts.jsonl",
-            "reward_funcs": "my_rewards.upper",
+            "reward_funcs": "baseline_rewards.upper",
             "output_dir": tmp_path / method,
             "per_device_train_batch_size": 4,
             "max_completion_length": 6,
@@ -138,7 +138,7 @@ def test_pairs_of_a_dataset(train, tmp_path):
         ("ppo", {}, "--method must be one of rlhf, rloo, grpo, dpo, got ppo"),
         ("dpo", {"pairs": "dataset"}, "has no column chosen, rejected: DPO needs prompt, chosen, rejected"),
         ("dpo", {"samples_per_prompt": 1}, "`samples_per_prompt` must be at least 2"),
-        ("dpo", {"reward_funcs": "my_rewards.same"}, "The reward prefers none of the samples to another"),
+        ("dpo", {"reward_funcs": "baseline_rewards.same"}, "The reward prefers none of the samples to another"),
         ("dpo", {"reward_weights": "1 2"}, "`reward_weights` has 2 weights for 1 rewards"),
         ("rlhf", {"max_train_seconds": 0}, "`max_train_seconds` must be above 0"),
     ],
