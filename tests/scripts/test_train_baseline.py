@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from baselines.training import load_trained
 from trl_proxy.defaults import load_lm
 
+ROOT = Path(__file__).parents[2]
 ONLINE = ("rlhf", "rloo", "grpo")
 METHODS = (*ONLINE, "dpo")
 
@@ -61,6 +64,20 @@ def train(script, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
         )
 
     return run
+
+
+@pytest.mark.parametrize("method", ["rlhf", "dpo"])
+def test_every_recipe_is_understood(script, method):
+    """And trains on what the proxy trains on."""
+    recipe, proxys = (ROOT / "scripts" / "recipes" / f"{name}smollm2_cpu.yaml" for name in (f"{method}_", ""))
+    _, (run_args, training_args, model_args) = script.parse(["--method", method, "--config", str(recipe)])
+    proxys = yaml.safe_load(proxys.read_text())
+    reward = run_args if method == "dpo" else training_args
+    assert run_args.reward_funcs == proxys["reward_funcs"]
+    assert reward.reward_weights == proxys["reward_weights"]
+    assert reward.max_completion_length == proxys["max_completion_length"]
+    assert run_args.max_train_seconds == 600
+    assert model_args.use_peft
 
 
 @pytest.mark.parametrize("method", METHODS)
