@@ -8,7 +8,7 @@ LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --mult
 	--num_machines 1 --mixed_precision no --dynamo_backend no
 OUT ?= outputs/demo
 
-.PHONY: install demo results results-harmless test lint clean
+.PHONY: install demo results results-harmless compare test lint clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ results-harmless: $(INSTALLED)
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
 		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless \
 		--output_dir outputs/results-harmless
+
+# Baselines too, from their recipes: about three hours. What is finished is not done again.
+compare: $(INSTALLED)
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "env $(LAUNCH)"
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -13,6 +13,10 @@ Any causal LM, reward model and dataset of the hub, on a GPU:
         --reward_model_name_or_path Skywork/Skywork-Reward-V2-Qwen3-0.6B --gold_reward_model_name_or_path none \\
         --best_of 2 4 8 16 32 --batch_size 64 --max_new_tokens 256 --output_dir outputs/compare-qwen
 
+Everything from its recipe, trained where it is not yet, three seeds each:
+
+    python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml
+
 Writes one record per method and seed under `<output_dir>/records`, and draws from all the records that are there the
 tables, `plots/`, `samples.md` and `report.md`. The same command again goes on where an interrupted run stopped:
 records that exist with the same settings are kept, so repeating a finished command only draws again.
@@ -22,10 +26,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_quantization_config
 
@@ -42,6 +49,7 @@ from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
 from trl_proxy.runs import RUN_FILE
 
 METHODS = ("sft", "proxy", "best_of_n")
+BASELINES = ("rlhf", "rloo", "grpo", "dpo")  # as scripts/train_baseline.py knows them
 TEMPERATURE = 1.0  # of best-of-n: samples of the LM's own distribution
 
 
@@ -55,6 +63,17 @@ class CompareArguments:
     )
     baselines: list[str] = field(
         default_factory=list, metadata={"help": "Folders of scripts/train_baseline.py, of any method and seed."}
+    )
+    recipes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "`proxy=recipe.yaml`, `rlhf=recipe.yaml`, ...: trained first, where that is not done, one run per "
+            "seed under the output folder."
+        },
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Training seeds of the recipes."})
+    launch: str = field(
+        default="accelerate launch", metadata={"help": "How to run a training script; `env A=b ...` sets variables."}
     )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
@@ -86,7 +105,14 @@ class CompareArguments:
         """Raises `ValueError` naming the argument, its value and what is allowed."""
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise ValueError(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown)}.")
-        if "proxy" in self.methods and not self.proxies:
+        for recipe in self.recipes:
+            method, _, path = recipe.partition("=")
+            if method not in ("proxy", *BASELINES) or not Path(path).is_file():
+                raise ValueError(
+                    f"--recipes must be <method>=<file>, with a method of proxy, {', '.join(BASELINES)} and a file "
+                    f"that exists, got {recipe!r}."
+                )
+        if "proxy" in self.methods and not any([self.proxies, self.baselines, self.recipes]):
             raise ValueError(
                 "--proxies names no folder of a trained proxy: give one, or leave proxy out of --methods."
             )
@@ -117,6 +143,44 @@ class Trained:
 
 def make_parser() -> TrlParser:
     return TrlParser((CompareArguments, ModelConfig), description=__doc__.partition("\n")[0])
+
+
+# What is to be trained
+
+
+def train_missing(args: CompareArguments) -> tuple[list[str], list[str]]:
+    """Runs the training scripts for the recipes; what is finished already is left alone, what was interrupted goes on.
+
+    Returns:
+        the folders of proxies and of baselines.
+
+    Raises:
+        ValueError: if a training script fails.
+    """
+    folders: dict[bool, list[str]] = {True: [], False: []}
+    for recipe in args.recipes:
+        method, _, path = recipe.partition("=")
+        for seed in args.seeds:
+            folder = os.path.join(args.output_dir, f"{method}-seed{seed}")
+            folders[method == "proxy"].append(folder)
+            if is_trained(folder, path):
+                continue
+            print(f"Training {folder} by {path}.")
+            script = ["train_proxy.py"] if method == "proxy" else ["train_baseline.py", "--method", method]
+            script[0] = str(Path(__file__).with_name(script[0]))
+            command = [*shlex.split(args.launch), *script, "--config", path]
+            if subprocess.run([*command, "--seed", str(seed), "--output_dir", folder]).returncode:
+                raise ValueError(f"training {folder} failed, see above; the same command goes on from there.")
+    return folders[True], folders[False]
+
+
+def is_trained(folder: str, recipe: str) -> bool:
+    """Whether a finished run of this recipe is in the folder."""
+    run_file = Path(folder, RUN_FILE)
+    if not run_file.is_file() or not Path(folder, "train_results.json").is_file():
+        return False
+    run, recipe = json.loads(run_file.read_text()), yaml.safe_load(Path(recipe).read_text())
+    return all(run[key] == value for key, value in recipe.items() if key in run and key != "seed")
 
 
 # What is to be evaluated
@@ -380,7 +444,8 @@ def draw(output_dir: str, trained: list[Trained]) -> None:
     """Tables, plots, samples and report, from the records alone (and the training logs)."""
     records = read_records(output_dir)
     paths = draw_all(records, output_dir)
-    logged = [one for one in trained if one.trainer_state and one.episodes_per_step]
+    # DPO sees no reward while it trains.
+    logged = [one for one in trained if one.trainer_state and one.episodes_per_step and one.method != "dpo"]
     curves = {f"{one.method} ({one.variant}), seed {one.seed}": one for one in logged}
     if curves:
         curve = Path(output_dir, "plots", "training_curve")
@@ -398,6 +463,8 @@ def main(args: CompareArguments, model_args: ModelConfig) -> None:
     trained = [read_proxy(name) for name in args.proxies] if "proxy" in args.methods else []
     trained += [read_baseline(folder) for folder in args.baselines]
     prompts = select_prompts(args)
+    proxies, baselines = train_missing(args)
+    trained += [*map(read_proxy, proxies), *map(read_baseline, baselines)]
     evaluate(args, model_args, prompts, plan(args, model_args, trained, prompts))
     draw(args.output_dir, trained)
 

@@ -155,8 +155,15 @@ class ActorCriticTrainer(RLOOTrainer):
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
         rewards = self._sound_rewards(inputs, prompts, completions, completion_ids_list)
-        self._scores.append(self._score(rewards))
+        self._scores.append(self._score(rewards, -self._missing_eos(completion_ids_list)))
         return rewards
+
+    def _missing_eos(self, completion_ids_list: list[list[int]]) -> torch.Tensor:
+        """The penalty of each response of all processes, `(all B,)`: of those without end of sequence."""
+        ends = (self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
+        cut = [ids[-1] not in ends for ids in completion_ids_list]
+        cut = torch.tensor(cut, dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.gather(cut) * (self.args.missing_eos_penalty or 0.0)
 
     def _scored_every(self) -> int:
         """Tokens from one score of a response to the next; evaluation scores finished responses alone."""
@@ -178,10 +185,10 @@ class ActorCriticTrainer(RLOOTrainer):
             raise RewardError(errors[0])
         return rewards
 
-    def _score(self, rewards: torch.Tensor) -> torch.Tensor:
+    def _score(self, rewards: torch.Tensor, extra: torch.Tensor | float = 0.0) -> torch.Tensor:
         """What the episodes earn, `(all B,)`: the weighted sum of their rewards, from the mean of the prompt's other
         responses where there are any (Kool et al. 2019, the leave-one-out baseline of RLOO)."""
-        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(-1) + extra
         if self.reward_clip_range:
             scores = scores.clamp(*self.reward_clip_range)
         group = self.num_generations if self.model.training else self.num_generations_eval

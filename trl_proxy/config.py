@@ -149,6 +149,10 @@ class PPOConfig(RLOOConfig):
             "other responses: the critic need not learn which prompts are easy."
         },
     )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Taken off the score of a response that was cut off before its end-of-sequence token."},
+    )
     reward_shaping_tokens: int | None = field(
         default=None,
         metadata={
@@ -169,6 +173,8 @@ class PPOConfig(RLOOConfig):
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
         if self.reward_shaping_tokens is not None and self.reward_shaping_tokens < 1:
             raise ValueError(f"`reward_shaping_tokens` must be at least 1, got {self.reward_shaping_tokens}.")
+        if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:
+            raise ValueError(f"`missing_eos_penalty` must be above 0, got {self.missing_eos_penalty}.")
         if self.use_vllm:
             raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
         if self.use_transformers_continuous_batching:

@@ -162,6 +162,38 @@ def test_a_trained_baseline_leaves_the_lm_as_it_was(run, folder, tmp_path):
     assert rlhf["total_parameters"] == sft["total_parameters"] + rlhf["trainable_parameters"]
 
 
+def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd):
+    shared = {
+        "model_name_or_path": str(folder / "lm"),
+        "dataset_name": str(folder / "prompts.jsonl"),
+        "reward_funcs": ["tiny_rewards.vowels"],
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+    }
+    recipes = []
+    for method, settings in (("proxy", {"num_iterations": 1, "gate_hidden_sizes": [8]}), ("dpo", {"lora_r": 2})):
+        (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(shared | settings))
+        recipes.append(f"{method}={tmp_path / method}.yaml")
+    launch = f"env PYTHONPATH={folder} {sys.executable}"
+    call = {"proxies": [], "recipes": recipes, "seeds": [4], "launch": launch, "methods": ["proxy"]}
+    records = run(**call)
+    assert set(records) == {"sft-seed0", "dpo-lora_r=2-seed4", "proxy-prefix_gate_hidden_sizes=_8_-seed4"}
+    assert all(records[name]["train_seconds"] > 0 for name in set(records) - {"sft-seed0"})
+    assert capfd.readouterr().out.count("Training ") == 2
+    run(**call)
+    assert "Training " not in capfd.readouterr().out
+    with pytest.raises(ValueError, match=r"training .*proxy-seed9 failed, see above"):
+        run(**{**call, "seeds": [9], "launch": "false"})
+    with pytest.raises(ValueError, match="--recipes must be <method>=<file>"):
+        run(recipes=["ppo=nothing.yaml"])
+
+
 def test_folders_that_are_no_baselines_are_named(run, folder, no_model):
     with pytest.raises(ValueError, match=r"prompts.jsonl has no run.json"):
         run(baselines=[folder / "prompts.jsonl"])

@@ -115,6 +115,23 @@ def test_log_probs_values_and_kl_by_hand(train, tiny_lm, lora, monkeypatch):
     assert (entropies >= 0).all()
 
 
+def test_responses_without_an_end_are_penalised(train):
+    """The price of being cut off is part of the score, not of the rewards that are logged."""
+    ids = []
+
+    def constant(prompts, completions, completion_ids, **kwargs):
+        ids.append(completion_ids)
+        return [0.25] * len(prompts)
+
+    trainer = train(reward=constant, missing_eos_penalty=1.5, max_steps=1, max_completion_length=12)
+    cut = [row[-1] not in (0, 2) for row in ids[-1]]
+    assert 0 < sum(cut) < len(cut)
+    assert trainer._scores[-1].tolist() == [0.25 - 1.5 * x for x in cut]
+    assert set(logged(trainer, "reward")) <= {0.25}
+    with pytest.raises(ValueError, match="`missing_eos_penalty` must be above 0, got 0"):
+        train(missing_eos_penalty=0.0)
+
+
 def test_the_value_is_of_the_state_before_the_token(train):
     """A value must not change with the token that it is the baseline of."""
     trainer = train()
