@@ -172,7 +172,11 @@ class ActorCriticTrainer(RLOOTrainer):
 
     def _sound_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """RLOO's rewards `(all B, functions)`, None being NaN; `RewardError` on every process where one is unsound."""
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        # Random numbers that a reward takes, as one does that loads its model when it is first called, must not change
+        # training: a resumed run would see others.
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         errors = [guard.error for guard in self._guards if guard.error]
         start = self.accelerator.process_index * len(prompts)
         local = rewards[start : start + len(prompts)]

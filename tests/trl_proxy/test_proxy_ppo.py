@@ -118,9 +118,20 @@ def test_the_lm_is_unchanged_and_alone_the_proxy_is_saved(train, tiny_lm, tmp_pa
 
 @pytest.mark.parametrize("checkpoint", [8, 24, 32])
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, checkpoint):
+    def loaded_at_first():
+        """A reward that builds a network when it is first called, as a reward model that is loaded late does."""
+        network = []
+
+        def reward(prompts, completions, **kwargs):
+            network.append(network or torch.nn.Linear(8, 8))
+            return upper_case(prompts, completions)
+
+        return reward
+
     # 64 prompts make 4 rollouts an epoch, 8 steps each: one checkpoint is at an epoch's end, one within the second.
-    whole = train(max_steps=40, save_steps=8, logging_steps=4)
+    whole = train(max_steps=40, save_steps=8, logging_steps=4, reward=loaded_at_first())
     resumed = train(
+        reward=loaded_at_first(),
         max_steps=40,
         save_steps=8,
         logging_steps=4,
