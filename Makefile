@@ -31,14 +31,15 @@ results: $(INSTALLED)
 			--output_dir outputs/results/seed$$seed || exit 1; \
 	done
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
-		--proxies outputs/results/seed0 outputs/results/seed1 outputs/results/seed2 --output_dir outputs/results
+		--proxies outputs/results/seed0 outputs/results/seed1 outputs/results/seed2 --best_of 2 4 \
+		--output_dir outputs/results
 
 # The other table: harmlessness alone.
 results-harmless: $(INSTALLED)
 	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu_harmless.yaml \
 		--output_dir outputs/results-harmless/seed0
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
-		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless \
+		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless --best_of 2 4 \
 		--output_dir outputs/results-harmless
 
 # Baselines too, from their recipes: about three hours. What is finished is not done again.
