@@ -20,7 +20,7 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 
 from baselines.best_of_n import BestOfNPolicy
-from baselines.reward_model import ClassifierReward
+from baselines.reward_model import load_callable_reward
 from baselines.training import LoraModelConfig
 from trl_proxy.defaults import load_prompts
 from trl_proxy.rewards import check_rewards, to_text
@@ -30,7 +30,7 @@ from trl_proxy.runs import (
     fit,
     identity,
     load_policy,
-    load_rewards,
+    reward_names,
 )
 
 PAIRS_FILE = "pairs.json"
@@ -143,10 +143,8 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
     if run_args.num_pair_prompts:
         prompts = prompts.shuffle(seed=training_args.seed).select(range(min(run_args.num_pair_prompts, len(prompts))))
     rewards = [
-        ClassifierReward(reward, batch_size=run_args.sampling_batch_size, device=state.device)
-        if isinstance(reward, str)
-        else reward
-        for reward in load_rewards(run_args)
+        load_callable_reward(name, batch_size=run_args.sampling_batch_size, device=state.device)
+        for name in reward_names(run_args)
     ]
     mine = prompts.shard(state.num_processes, state.process_index, contiguous=True)
     pairs = gather_object(

@@ -20,6 +20,8 @@ from trl_proxy.runs import (
     load_rewards,
 )
 
+BASELINES = ("rlhf", "rloo", "grpo", "dpo")  # modules of this package with `CONFIGS` and `train`
+
 
 @dataclass
 class LoraModelConfig(ModelConfig):

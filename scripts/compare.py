@@ -39,7 +39,7 @@ from trl import ModelConfig, TrlParser, get_quantization_config
 from baselines import best_of_n, sft
 from baselines.policy import ProxyPolicy
 from baselines.reward_model import load_callable_reward
-from baselines.training import load_trained
+from baselines.training import BASELINES, load_trained
 from eval.harness import Run, evaluate_completions, evaluate_policy, prompts_sha256, read_records
 from eval.plots import draw_all, plot_training_curve
 from eval.report import print_tables, report_markdown, samples_markdown
@@ -49,7 +49,6 @@ from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
 from trl_proxy.runs import RUN_FILE
 
 METHODS = ("sft", "proxy", "best_of_n")
-BASELINES = ("rlhf", "rloo", "grpo", "dpo")  # as scripts/train_baseline.py knows them
 TEMPERATURE = 1.0  # of best-of-n: samples of the LM's own distribution
 
 
@@ -112,7 +111,8 @@ class CompareArguments:
                     f"--recipes must be <method>=<file>, with a method of proxy, {', '.join(BASELINES)} and a file "
                     f"that exists, got {recipe!r}."
                 )
-        if "proxy" in self.methods and not any([self.proxies, self.baselines, self.recipes]):
+        from_recipe = any(recipe.startswith("proxy=") for recipe in self.recipes)
+        if "proxy" in self.methods and not (self.proxies or from_recipe):
             raise ValueError(
                 "--proxies names no folder of a trained proxy: give one, or leave proxy out of --methods."
             )
@@ -148,30 +148,29 @@ def make_parser() -> TrlParser:
 # What is to be trained
 
 
-def train_missing(args: CompareArguments) -> tuple[list[str], list[str]]:
+def train_missing(args: CompareArguments) -> list["Trained"]:
     """Runs the training scripts for the recipes; what is finished already is left alone, what was interrupted goes on.
 
     Returns:
-        the folders of proxies and of baselines.
+        everything that the recipes train.
 
     Raises:
         ValueError: if a training script fails.
     """
-    folders: dict[bool, list[str]] = {True: [], False: []}
+    trained = []
     for recipe in args.recipes:
         method, _, path = recipe.partition("=")
         for seed in args.seeds:
             folder = os.path.join(args.output_dir, f"{method}-seed{seed}")
-            folders[method == "proxy"].append(folder)
-            if is_trained(folder, path):
-                continue
-            print(f"Training {folder} by {path}.")
-            script = ["train_proxy.py"] if method == "proxy" else ["train_baseline.py", "--method", method]
-            script[0] = str(Path(__file__).with_name(script[0]))
-            command = [*shlex.split(args.launch), *script, "--config", path]
-            if subprocess.run([*command, "--seed", str(seed), "--output_dir", folder]).returncode:
-                raise ValueError(f"training {folder} failed, see above; the same command goes on from there.")
-    return folders[True], folders[False]
+            if not is_trained(folder, path):
+                print(f"Training {folder} by {path}.")
+                script = ["train_proxy.py"] if method == "proxy" else ["train_baseline.py", "--method", method]
+                script[0] = str(Path(__file__).with_name(script[0]))
+                command = [*shlex.split(args.launch), *script, "--config", path]
+                if subprocess.run([*command, "--seed", str(seed), "--output_dir", folder]).returncode:
+                    raise ValueError(f"training {folder} failed, see above; the same command goes on from there.")
+            trained.append(read_proxy(folder) if method == "proxy" else read_baseline(folder))
+    return trained
 
 
 def is_trained(folder: str, recipe: str) -> bool:
@@ -239,7 +238,7 @@ def read_baseline(folder: str) -> Trained:
     if not run_file.is_file():
         raise ValueError(f"{folder} has no {RUN_FILE}: it is no output folder of scripts/train_baseline.py.")
     run = json.loads(run_file.read_text())
-    weights = next((p for p in sorted(Path(folder).glob("*model*.safetensors"))), None)
+    weights = min(Path(folder).glob("*model*.safetensors"), default=None)
     if weights is None:
         raise ValueError(f"{folder} holds no trained model yet: let scripts/train_baseline.py finish first.")
     return Trained(
@@ -463,8 +462,7 @@ def main(args: CompareArguments, model_args: ModelConfig) -> None:
     trained = [read_proxy(name) for name in args.proxies] if "proxy" in args.methods else []
     trained += [read_baseline(folder) for folder in args.baselines]
     prompts = select_prompts(args)
-    proxies, baselines = train_missing(args)
-    trained += [*map(read_proxy, proxies), *map(read_baseline, baselines)]
+    trained += train_missing(args)
     evaluate(args, model_args, prompts, plan(args, model_args, trained, prompts))
     draw(args.output_dir, trained)
 

@@ -13,10 +13,9 @@ import sys
 
 from trl import TrlParser
 
+from baselines.training import BASELINES
 from trl_proxy.actor_critic import RewardError
 from trl_proxy.runs import leave
-
-METHODS = ("rlhf", "rloo", "grpo", "dpo")
 
 
 def parse(arguments: list[str]):
@@ -27,8 +26,8 @@ def parse(arguments: list[str]):
         i = arguments.index("--method")
         method = arguments[i + 1]
         del arguments[i : i + 2]
-    if method not in METHODS:
-        raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method}.")
+    if method not in BASELINES:
+        raise ValueError(f"--method must be one of {', '.join(BASELINES)}, got {method}.")
     module = importlib.import_module(f"baselines.{method}")
     parser = TrlParser(module.CONFIGS, description=f"{method}: {module.__doc__.strip()}")
     return module, parser.parse_args_and_config(arguments)

@@ -60,11 +60,15 @@ def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Datas
     return train, load_prompts(run_args.dataset_name, run_args.dataset_test_split)
 
 
+def reward_names(run_args: RunArguments) -> list[str]:
+    """The reward model's name and those of the reward functions; the embedded reward where there are none."""
+    names = [run_args.reward_model_name_or_path] if run_args.reward_model_name_or_path else []
+    return names + (run_args.reward_funcs or []) or [EMBEDDED]
+
+
 def load_rewards(run_args: RunArguments) -> list:
     """The reward model and the reward functions, as TRL's trainers take them."""
-    names = [run_args.reward_model_name_or_path] if run_args.reward_model_name_or_path else []
-    names += run_args.reward_funcs or []
-    return [load_reward(name) for name in names or [EMBEDDED]]
+    return [load_reward(name) for name in reward_names(run_args)]
 
 
 def load_policy(model_args: ModelConfig, training_args):

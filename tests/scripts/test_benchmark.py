@@ -69,7 +69,7 @@ def test_the_quick_form_has_the_ends_of_the_batch_alone(script, tiny_arguments):
     assert [(cell.batch_size, cell.prompt_tokens, cell.new_tokens) for cell in cells] == [(3, 5, 4), (1, 5, 4)]
 
 
-def test_the_reject_rate_is_what_it_says(script, tiny_arguments, tiny_lm, tiny_tokenizer, with_random_gate):
+def test_the_reject_rate_is_what_it_says(script, tiny_lm, tiny_tokenizer):
     """Of the decisions that were taken, the share that rejects."""
     model = script.ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(p_t=1e-3))
     torch.nn.init.constant_(model.gate.mlp[-1].bias, torch.logit(torch.tensor(0.7)).item())
