@@ -49,7 +49,9 @@ class BenchmarkArguments:
     """What is decoded, and how often."""
 
     model_name_or_path: str = field(default=EMBEDDED, metadata={"help": "`embedded`, a folder or a hub id."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Of the LM."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Of the LM: by default bfloat16, or float32 on a CPU that would emulate it."}
+    )
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "The last is the base."})
     prompt_tokens: list[int] = field(default_factory=lambda: [128, 16, 512], metadata={"help": "The first: base."})
     new_tokens: list[int] = field(default_factory=lambda: [32, 128], metadata={"help": "The first is the base."})
@@ -373,6 +375,7 @@ def main(args: BenchmarkArguments) -> dict:
         return {"memory": peak}
     set_seed(0)
     lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype)
+    args.dtype = str(lm.dtype).removeprefix("torch.")
     if torch.cuda.is_available():
         lm.to("cuda")
     models = {name: ProxyModelForCausalLM(lm, config) for name, config in CONFIGS.items()}

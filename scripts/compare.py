@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset
-from trl import ModelConfig, TrlParser, get_quantization_config
+from trl import ModelConfig, TrlParser
 
 from baselines import best_of_n, sft
 from baselines.policy import ProxyPolicy
@@ -45,8 +45,8 @@ from eval.plots import draw_all, plot_training_curve
 from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file
-from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
-from trl_proxy.runs import RUN_FILE
+from trl_proxy.defaults import EMBEDDED, load_prompts
+from trl_proxy.runs import RUN_FILE, load_policy
 
 METHODS = ("sft", "proxy", "best_of_n")
 TEMPERATURE = 1.0  # of best-of-n: samples of the LM's own distribution
@@ -382,16 +382,8 @@ def evaluate(
         load_callable_reward(name, batch_size=args.batch_size, device=device)
         for name in (first.reward_model, first.gold_reward_model)
     )
-    quantization_config = get_quantization_config(model_args)
-    lm, tokenizer = load_lm(
-        model_args.model_name_or_path or EMBEDDED,
-        dtype=model_args.dtype,
-        quantization_config=quantization_config,
-        revision=model_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        attn_implementation=model_args.attn_implementation,
-    )
-    if quantization_config is None:  # quantized weights are where they belong already
+    lm, tokenizer = load_policy(model_args, args)
+    if not getattr(lm, "is_quantized", False):  # quantized weights are where they belong already
         lm.to(device)
     shared = (prompts, reward, gold_reward, lm, tokenizer)
     decoding = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}

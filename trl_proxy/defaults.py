@@ -85,6 +85,14 @@ def resolve_model(name: str) -> str:
     return str(embedded_lm_path()) if name == EMBEDDED else name
 
 
+def has_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16: an accelerator, or a CPU with the instructions for it. Other CPUs
+    emulate it, and read a prompt ten times slower than in float32."""
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return native or torch.accelerator.is_available()
+
+
 def load_lm(
     name: str = EMBEDDED,
     dtype: str | torch.dtype | None = None,
@@ -97,7 +105,8 @@ def load_lm(
 
     Args:
         name: `embedded`, a folder or a hub id.
-        dtype: as for `from_pretrained`; by default the one the weights are stored in.
+        dtype: as for `from_pretrained`; by default, and by `auto`, the one the weights are stored in, or float32 where
+            there is no [`has_bfloat16`].
         quantization_config, revision, trust_remote_code, kwargs: as for `from_pretrained`.
 
     Raises:
@@ -110,8 +119,12 @@ def load_lm(
         raise ValueError(f"The tokenizer of {name} has no end-of-sequence token: set `eos_token` in its files.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if dtype in (None, "auto"):
+        dtype = "auto" if has_bfloat16() else "float32"
+    elif dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16():
+        logger.warning_once("This CPU emulates bfloat16, many times slower than float32: choose the dtype `auto`.")
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype or "auto", quantization_config=quantization_config, **shared, **kwargs
+        path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
     )
     model.config._name_or_path = name
     return model.eval(), tokenizer

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
-from .defaults import EMBEDDED, load_lm, load_prompts, load_reward
+from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
 
 RUN_FILE = "run.json"
 # What may differ between an interrupted run and the command that goes on with it.
@@ -71,14 +71,17 @@ def load_rewards(run_args: RunArguments) -> list:
     return [load_reward(name) for name in reward_names(run_args)]
 
 
-def load_policy(model_args: ModelConfig, training_args):
-    """The LM that the model arguments name, and its tokenizer."""
+def load_policy(model_args: ModelConfig, args):
+    """The LM that the model arguments name, and its tokenizer. `args` tells whether to trust remote code."""
+    # TRL's 4 bit computes in the dtype of the arguments and has no `auto`.
+    half = "bfloat16" if has_bfloat16() else "float32"
+    computed = dataclasses.replace(model_args, dtype=half) if model_args.dtype == "auto" else model_args
     return load_lm(
         model_args.model_name_or_path or EMBEDDED,
         dtype=model_args.dtype,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=get_quantization_config(computed),
         revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
+        trust_remote_code=args.trust_remote_code,
         attn_implementation=model_args.attn_implementation,
     )
 
