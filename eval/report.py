@@ -99,7 +99,8 @@ def _number(value: float | None, form: str) -> str:
     return "n/a" if value is None else format(value, form)
 
 
-def _with_interval(value: float | None, interval: Interval | None, form: str) -> str:
+def with_interval(value: float | None, interval: Interval | None, form: str) -> str:
+    """`0.41 [0.30, 0.52]` by the format `form`; the value alone where there is no interval."""
     if value is None or interval is None:
         return _number(value, form)
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
@@ -109,9 +110,9 @@ def _win_rate(group: list[dict], sft: dict | None) -> str:
     if sft is None or group[0]["method"] == "sft":
         return "n/a"
     if len(group) == 1:
-        return _with_interval(group[0]["win_rate_vs_sft"], group[0]["win_rate_ci95"], ".2f")
+        return with_interval(group[0]["win_rate_vs_sft"], group[0]["win_rate_ci95"], ".2f")
     scores = np.stack([win_scores(record["rewards"], sft["rewards"]) for record in group])
-    return _with_interval(float(scores.mean()), seeds_mean_ci(scores), ".2f")
+    return with_interval(float(scores.mean()), seeds_mean_ci(scores), ".2f")
 
 
 def _trainable(record: dict) -> str:
@@ -146,7 +147,7 @@ def tables(records: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
                 name,
                 str(len(group)),
                 _number(_mean(group, "reward_mean"), ".2f"),
-                _with_interval(*delta, "+.2f"),
+                with_interval(*delta, "+.2f"),
                 _win_rate(group, sft),
                 *[_number((delta_over_seeds(group, sft, kind) or (None,))[0], "+.2f") for kind in kinds],
                 _number(_mean(group, "gold_delta_vs_sft"), "+.2f"),

@@ -46,7 +46,7 @@ from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file
 from trl_proxy.defaults import EMBEDDED, load_prompts
-from trl_proxy.runs import RUN_FILE, load_policy
+from trl_proxy.runs import RUN_FILE, is_finished, load_policy
 
 METHODS = ("sft", "proxy", "best_of_n")
 TEMPERATURE = 1.0  # of best-of-n: samples of the LM's own distribution
@@ -160,9 +160,10 @@ def train_missing(args: CompareArguments) -> list["Trained"]:
     trained = []
     for recipe in args.recipes:
         method, _, path = recipe.partition("=")
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         for seed in args.seeds:
             folder = os.path.join(args.output_dir, f"{method}-seed{seed}")
-            if not is_trained(folder, path):
+            if not is_finished(folder, settings | {"seed": seed}):
                 print(f"Training {folder} by {path}.")
                 script = ["train_proxy.py"] if method == "proxy" else ["train_baseline.py", "--method", method]
                 script[0] = str(Path(__file__).with_name(script[0]))
@@ -171,15 +172,6 @@ def train_missing(args: CompareArguments) -> list["Trained"]:
                     raise ValueError(f"training {folder} failed, see above; the same command goes on from there.")
             trained.append(read_proxy(folder) if method == "proxy" else read_baseline(folder))
     return trained
-
-
-def is_trained(folder: str, recipe: str) -> bool:
-    """Whether a finished run of this recipe is in the folder."""
-    run_file = Path(folder, RUN_FILE)
-    if not run_file.is_file() or not Path(folder, "train_results.json").is_file():
-        return False
-    run, recipe = json.loads(run_file.read_text()), yaml.safe_load(Path(recipe).read_text())
-    return all(run[key] == value for key, value in recipe.items() if key in run and key != "seed")
 
 
 # What is to be evaluated

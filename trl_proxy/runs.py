@@ -115,6 +115,16 @@ def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> st
     return last
 
 
+def is_finished(folder: str | os.PathLike, settings: dict) -> bool:
+    """Whether a finished run with these settings, names and values as in a recipe, is in the folder."""
+    run_file = os.path.join(folder, RUN_FILE)
+    if not os.path.isfile(run_file) or not os.path.isfile(os.path.join(folder, "train_results.json")):
+        return False
+    with open(run_file, encoding="utf-8") as file:
+        run = json.load(file)
+    return all(run[key] == value for key, value in settings.items() if key in run)
+
+
 # The run itself
 
 

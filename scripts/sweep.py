@@ -1,0 +1,240 @@
+"""Trains a grid of settings, evaluates every cell, and says what each setting gives.
+
+    python scripts/sweep.py --config scripts/recipes/sweep_p_t.yaml
+
+`grid` lists values of any fields of the training recipe; every combination is trained with every seed, in a folder of
+its own (`<output_dir>/p_t=0.1-seed0`), and compared there with the LM itself as `evaluate` says. Several cells run at
+once with `--jobs 2`, or one on each of `--devices 0 1 2 3` (CUDA_VISIBLE_DEVICES). A cell that is finished is not done
+again and one that was interrupted goes on, so the same command after a kill loses and repeats nothing. The table at
+the end is drawn from the cells' records alone, and so is `<output_dir>/sweep.md`.
+
+The learning rate of a baseline, on the validation prompts:
+
+    python scripts/sweep.py --config scripts/recipes/sweep_lr_rlhf.yaml
+"""
+
+import itertools
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from trl import TrlParser
+
+from baselines.training import BASELINES
+from eval.harness import read_records
+from eval.report import all_kinds, delta_over_seeds, find_sft, kind_title, markdown_table, with_interval
+from trl_proxy.runs import is_finished
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class SweepArguments:
+    """What is trained with which settings, and how it is judged."""
+
+    recipe: str = field(metadata={"help": "The training recipe that all cells share."})
+    evaluate: str = field(metadata={"help": "A recipe of scripts/compare.py: prompts, reward, length of responses."})
+    grid: dict = field(metadata={"help": "Field -> list of values, of any fields of the training recipe."})
+    method: str = field(default="proxy", metadata={"help": f"What is trained: proxy, {', '.join(BASELINES)}."})
+    settings: dict = field(default_factory=dict, metadata={"help": "Field -> value, for all cells, over the recipe."})
+    split: str | None = field(
+        default=None, metadata={"help": "Prompts to evaluate on; as `evaluate` says by default."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Training seeds of every combination."})
+    jobs: int = field(default=1, metadata={"help": "Cells at a time."})
+    devices: list[str] = field(
+        default_factory=list, metadata={"help": "Devices, one cell on each at a time, in place of --jobs."}
+    )
+    launch: str = field(
+        default="accelerate launch", metadata={"help": "How to run a training script; `env A=b ...` sets variables."}
+    )
+    output_dir: str = field(default="outputs/sweep", metadata={"help": "Where the cells' folders and the table go."})
+
+    def __post_init__(self):
+        """Raises `ValueError` naming the argument, its value and what is allowed."""
+        if self.method not in ("proxy", *BASELINES):
+            raise ValueError(f"--method must be proxy or one of {', '.join(BASELINES)}, got {self.method}.")
+        for name in ("recipe", "evaluate"):
+            if not Path(self.__dict__[name]).is_file():
+                raise ValueError(f"--{name} must be a file that exists, got {self.__dict__[name]}.")
+        for name, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"--grid must give a list of values for every field, got {values!r} for {name}.")
+        if not self.grid:
+            raise ValueError("--grid is empty: name a field and its values, {p_t: [0.1, 0.01]}.")
+        if self.jobs < 1 or not self.seeds:
+            raise ValueError(f"--jobs and --seeds must be at least one, got {self.jobs} and {self.seeds}.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the grid with one seed."""
+
+    values: dict
+    seed: int
+    folder: Path
+
+
+def cells_of(args: SweepArguments) -> list[Cell]:
+    """Every combination of the grid with every seed, seed by seed: a sweep that is cut short has seen all values."""
+    cells = []
+    for seed, values in itertools.product(args.seeds, itertools.product(*args.grid.values())):
+        named = dict(zip(args.grid, values, strict=True))
+        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(f"{key}={value}" for key, value in named.items()))
+        cells.append(Cell(named, seed, Path(args.output_dir, f"{name}-seed{seed}")))
+    return cells
+
+
+def flags(values: dict) -> list[str]:
+    """Settings as a command line."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def commands(args: SweepArguments, cell: Cell) -> list[list[str]]:
+    """What is still to be run for a cell: its training and its evaluation, or the second alone."""
+    settings = args.settings | cell.values | {"seed": cell.seed}
+    is_proxy = args.method == "proxy"
+    script = [str(HERE / "train_proxy.py")] if is_proxy else [str(HERE / "train_baseline.py"), "--method", args.method]
+    train = [*shlex.split(args.launch), *script, "--config", args.recipe, *flags(settings)]
+    compare = [sys.executable, str(HERE / "compare.py"), "--config", args.evaluate, "--output_dir", str(cell.folder)]
+    compare += ["--methods", "sft", *(["proxy"] if is_proxy else []), "--proxies" if is_proxy else "--baselines"]
+    compare += [str(cell.folder), *(["--split", args.split] if args.split else [])]
+    recipe = yaml.safe_load(Path(args.recipe).read_text(encoding="utf-8"))
+    trained = is_finished(cell.folder, recipe | settings)
+    return [*([] if trained else [[*train, "--output_dir", str(cell.folder)]]), compare]
+
+
+class Runner:
+    """Runs the cells' commands, and ends those that run when it is told to."""
+
+    def __init__(self, args: SweepArguments):
+        self.args, self.running, self.stopped = args, set(), False
+        self.places = queue.SimpleQueue()
+        for place in args.devices or [None] * args.jobs:
+            self.places.put(place)
+
+    def run(self, cell: Cell) -> None:
+        """
+        Trains and evaluates a cell; its output goes to `log.txt` in its folder.
+
+        Raises:
+            ValueError: a command failed.
+        """
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        place = self.places.get()
+        try:
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place} if place is not None else {})
+            for command in commands(self.args, cell):
+                if self.stopped:
+                    return
+                if "compare.py" in command[1]:
+                    share_sft_record(self.args, cell)
+                with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
+                    # A session of its own: accelerate's workers end with their launcher.
+                    process = subprocess.Popen(
+                        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                    )
+                    self.running.add(process)
+                    status = process.wait()
+                    self.running.discard(process)
+                if status:
+                    raise ValueError(f"{cell.folder.name} failed, see {cell.folder / 'log.txt'}")
+        finally:
+            self.places.put(place)
+
+    def stop(self) -> None:
+        """Ends what runs, as Ctrl-C would: its checkpoints stay."""
+        self.stopped = True
+        for process in list(self.running):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def share_sft_record(args: SweepArguments, cell: Cell) -> None:
+    """Gives a cell the LM's own record that another cell has written: it is the same for all."""
+    for path in sorted(Path(args.output_dir).glob("*/records/sft-seed*.json")):
+        if not (target := cell.folder / "records" / path.name).exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target.with_suffix(".tmp"))
+            os.replace(target.with_suffix(".tmp"), target)
+
+
+def table(args: SweepArguments) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows, one row per combination, over the seeds that are finished."""
+    groups: dict[tuple, list[dict]] = {}
+    sft = None
+    for cell in cells_of(args):
+        if not any((cell.folder / "records").glob(f"{args.method}-*.json")):
+            continue
+        records = read_records(cell.folder)
+        sft = sft or find_sft(records)
+        groups.setdefault(tuple(cell.values.values()), []).extend(r for r in records if r["method"] == args.method)
+    kinds = all_kinds([record for group in groups.values() for record in group])
+    headers = [*args.grid, "seeds", "Δ vs SFT", *[f"Δ {kind_title(kind)}" for kind in kinds]]
+    headers += [*[f"refusals {kind_title(kind)}" for kind in kinds], "LM log-prob", "training, s"]
+    rows = []
+    for values, group in groups.items():
+        row = [*map(str, values), str(len(group)), with_interval(*delta_over_seeds(group, sft), "+.2f")]
+        row += [f"{delta_over_seeds(group, sft, kind)[0]:+.2f}" for kind in kinds]
+        for kind in kinds:
+            row.append(f"{sum(record['by_kind'][kind]['refusal_rate'] for record in group) / len(group):.0%}")
+        row.append(f"{sum(record['lm_logprob_per_token'] for record in group) / len(group):.2f}")
+        seconds = [record["train_seconds"] for record in group]
+        row.append("n/a" if None in seconds else f"{sum(seconds) / len(seconds):.0f}")
+        rows.append(row)
+    return headers, rows
+
+
+def main(args: SweepArguments) -> list[list[str]]:
+    """Runs what is missing, writes and prints the table; its rows."""
+    cells, failed = cells_of(args), []
+    runner = Runner(args)
+    pool = ThreadPoolExecutor(len(args.devices) or args.jobs)
+    try:
+        futures = [pool.submit(runner.run, cell) for cell in cells]
+        for future in tqdm(as_completed(futures), total=len(cells), desc="sweep", unit="cell"):
+            if isinstance(error := future.exception(), ValueError):
+                failed.append(str(error))
+            elif error:
+                raise error
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        runner.stop()
+        raise
+    headers, rows = table(args)
+    drawn = Table()
+    for header in headers:
+        drawn.add_column(header, justify="right")
+    for row in rows:
+        drawn.add_row(*row)
+    (Console() if sys.stdout.isatty() else Console(width=140)).print(drawn)
+    Path(args.output_dir, "sweep.md").write_text(markdown_table(headers, rows) + "\n", encoding="utf-8")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}. The same command goes on.")
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main(*TrlParser((SweepArguments,), description=__doc__.partition("\n")[0]).parse_args_and_config())
+    except ValueError as error:
+        raise SystemExit(f"sweep: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("sweep: interrupted; the same command goes on.") from None
