@@ -3,13 +3,26 @@
 The strongest baseline per response and the dearest: n times the LM's forwards at every prompt, for ever.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-from baselines.policy import LAST_POSITION, Completions, Prompts, decode_texts, generate_batches, in_order, score
+from baselines.policy import (
+    LAST_POSITION,
+    Completions,
+    Prompts,
+    decode_texts,
+    generate,
+    in_order,
+    prompt_batches,
+    score,
+)
+from baselines.sft import SFTPolicy
+from trl_proxy.decoding import prefill
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,7 @@ class Samples:
     """`n` samples of every prompt, sample by sample (the outer list is over samples, the inner one over prompts).
 
     `seconds` is a sample's decoding and scoring time over all prompts, so that the first k of n samples also say what
-    best-of-k would have cost.
+    best-of-k would have cost; the prompts are read once, in the first sample's time.
     """
 
     texts: list[list[str]]
@@ -43,14 +56,14 @@ def best_of(samples: Samples, n: int) -> Completions:
     )
 
 
-class BestOfNPolicy:
+class BestOfNPolicy(SFTPolicy):
     """The reward's choice among `n` samples of the LM's full distribution.
 
     Args:
         model: the plain LM.
         reward: in TRL's calling convention, see [`~baselines.policy.score`].
         n: samples per prompt.
-        temperature: of the sampling; no top-k, top-p or min-p, whatever the model's generation config says.
+        temperature, top_p: of the sampling; no top-k or min-p, whatever the model's generation config says.
         seed: sample `k` depends on `seed` and `k` alone: the samples of a smaller `n` are the first of a larger one's.
     """
 
@@ -64,41 +77,51 @@ class BestOfNPolicy:
         batch_size: int,
         max_new_tokens: int,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         seed: int = 0,
     ):
-        self.model, self.tokenizer, self.reward = model, tokenizer, reward
-        self.n, self.batch_size, self.max_new_tokens = n, batch_size, max_new_tokens
-        self.temperature, self.seed = temperature, seed
+        super().__init__(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        self.reward, self.n = reward, n
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
     def sample(self, prompts: Prompts, **columns) -> Samples:
         """Draws and scores `n` samples; `columns` are handed to the reward."""
-        samples = Samples([], [], [], [])
-        for k in range(self.n):
-            start = time.perf_counter()
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, k)).generate_state(1)[0]))
-            batches = [
-                (indices, token_ids)
-                for indices, token_ids, _ in generate_batches(
+        start = time.perf_counter()
+        batches = list(prompt_batches(self.model, self.tokenizer, prompts, batch_size=self.batch_size))
+        sampled, seconds = [[] for _ in range(self.n)], [0.0] * self.n
+        bar = tqdm(total=self.n * len(batches), desc=f"best of {self.n}", unit="batch", leave=False)
+        for number, (indices, inputs) in enumerate(batches):
+            with torch.no_grad():
+                cache = prefill(self.model, **inputs)
+            for k in range(self.n):
+                torch.manual_seed(int(np.random.SeedSequence((self.seed, k, number)).generate_state(1)[0]))
+                token_ids, _ = generate(
                     self.model,
                     self.tokenizer,
-                    prompts,
-                    batch_size=self.batch_size,
+                    inputs,
+                    past_key_values=copy.deepcopy(cache),
                     max_new_tokens=self.max_new_tokens,
-                    desc=f"best-of-n, sample {k + 1} of {self.n}",
                     do_sample=True,
                     temperature=self.temperature,
                     top_k=0,  # `generate` would otherwise keep 50
-                    top_p=1.0,
+                    top_p=self.top_p,
                     min_p=None,
                     logits_to_keep=LAST_POSITION,
                 )
-            ]
-            token_ids = in_order(batches)
+                sampled[k].append((indices, token_ids))
+                start, spent = time.perf_counter(), time.perf_counter() - start
+                seconds[k] += spent  # the prompt's reading is the first sample's
+                bar.update()
+        bar.close()
+        samples = Samples([], [], [], [])
+        for k in range(self.n):
+            start = time.perf_counter()
+            token_ids = in_order(sampled[k])
             texts = decode_texts(self.tokenizer, token_ids)
             samples.texts.append(texts)
             samples.token_ids.append(token_ids)
             samples.rewards.append(score(self.reward, prompts, texts, **columns))
-            samples.seconds.append(time.perf_counter() - start)
+            samples.seconds.append(seconds[k] + time.perf_counter() - start)
         return samples
 
     def complete(self, prompts: Prompts) -> Completions:

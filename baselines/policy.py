@@ -49,6 +49,11 @@ class Policy(Protocol):
 
     def complete(self, prompts: Prompts) -> Completions: ...
 
+    def parameters_report(self) -> dict[str, int]:
+        """`trainable_parameters`, those that training changes, and `total_parameters`: of 4-bit weights as many as
+        they stand for."""
+        ...
+
 
 def encode_prompts(prompts: Prompts, tokenizer) -> list[list[int]]:
     """Token ids of every prompt, unpadded, exactly as TRL's trainers encode them: conversations through the chat
@@ -65,25 +70,24 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def pad_id(model, tokenizer) -> int:
+    """Id that fills up a batch: an id that ends a response where the tokenizer has none of its own."""
+    return stop_ids(model, tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def cut_at_stop(tokens: list[int], stops: list[int]) -> list[int]:
     """The tokens up to and including the first stop id: what follows it is padding."""
     end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens) - 1)
     return tokens[: end + 1]
 
 
-def generate_batches(
-    model, tokenizer, prompts: Prompts, *, batch_size: int, max_new_tokens: int, desc: str, **generate_kwargs
-) -> Iterator[tuple[list[int], list[list[int]], object]]:
-    """Decodes the prompts batch by batch: sorted by length, longest first, padded on the left.
-
-    Yields:
-        the prompts' indices, their responses' token ids (cut after the EOS), and what `generate` returned.
-    """
+def prompt_batches(
+    model, tokenizer, prompts: Prompts, *, batch_size: int
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """The prompts' indices and tensors, batch by batch: sorted by length, longest first, padded on the left."""
     encoded = encode_prompts(prompts, tokenizer)
-    stops = stop_ids(model, tokenizer)
-    pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    buckets = length_buckets([len(ids) for ids in encoded], batch_size)
-    for indices in tqdm(buckets, desc=desc, unit="batch", leave=False):
+    pad = pad_id(model, tokenizer)
+    for indices in length_buckets([len(ids) for ids in encoded], batch_size):
         width = len(encoded[indices[0]])
         input_ids = torch.full((len(indices), width), pad)
         attention_mask = torch.zeros_like(input_ids)
@@ -91,16 +95,34 @@ def generate_batches(
             start = width - len(encoded[i])
             input_ids[row, start:] = torch.tensor(encoded[i])
             attention_mask[row, start:] = 1
-        output = model.generate(
-            input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stops,
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-            **generate_kwargs,
-        )
-        yield indices, [cut_at_stop(row, stops) for row in output.sequences[:, width:].tolist()], output
+        yield indices, {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+
+
+def generate(model, tokenizer, inputs: dict[str, torch.Tensor], **generate_kwargs) -> tuple[list[list[int]], object]:
+    """The responses' token ids, cut after the EOS, and what `model.generate` returned."""
+    stops = stop_ids(model, tokenizer)
+    output = model.generate(
+        **inputs,
+        eos_token_id=stops,
+        pad_token_id=pad_id(model, tokenizer),
+        return_dict_in_generate=True,
+        **generate_kwargs,
+    )
+    width = inputs["input_ids"].shape[1]
+    return [cut_at_stop(row, stops) for row in output.sequences[:, width:].tolist()], output
+
+
+def generate_batches(
+    model, tokenizer, prompts: Prompts, *, batch_size: int, desc: str, **generate_kwargs
+) -> Iterator[tuple[list[int], list[list[int]], object]]:
+    """Decodes the prompts batch by batch.
+
+    Yields:
+        the prompts' indices, their responses' token ids (cut after the EOS), and what `generate` returned.
+    """
+    batches = list(prompt_batches(model, tokenizer, prompts, batch_size=batch_size))
+    for indices, inputs in tqdm(batches, desc=desc, unit="batch", leave=False):
+        yield indices, *generate(model, tokenizer, inputs, **generate_kwargs)
 
 
 def in_order(batches: list[tuple[list[int], list[list[int]]]]) -> list[list[int]]:
@@ -145,6 +167,11 @@ class ProxyPolicy:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.gate_sample, self.seed = gate_sample, seed
+
+    def parameters_report(self) -> dict[str, int]:
+        """Numbers of the gate's and the critic's parameters, and of all with the LM's."""
+        trainable, total = self.model.get_nb_trainable_parameters()
+        return {"trainable_parameters": trainable, "total_parameters": total}
 
     def complete(self, prompts: Prompts) -> Completions:
         """Gated responses; `stats` has `reject_rate` (of the proposals that were decided, the share rejected) and

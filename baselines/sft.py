@@ -17,6 +17,10 @@ class SFTPolicy:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
+    def parameters_report(self) -> dict[str, int]:
+        """Nothing is trained; how many parameters the LM has."""
+        return {"trainable_parameters": 0, "total_parameters": self.model.num_parameters()}
+
     def complete(self, prompts: Prompts) -> Completions:
         """The LM's most probable continuation, token by token."""
         start = time.perf_counter()

@@ -49,7 +49,6 @@ from trl_proxy.defaults import EMBEDDED, load_prompts
 from trl_proxy.runs import RUN_FILE, is_finished, load_policy
 
 METHODS = ("sft", "proxy", "best_of_n")
-TEMPERATURE = 1.0  # of best-of-n: samples of the LM's own distribution
 
 
 @dataclass
@@ -81,6 +80,8 @@ class CompareArguments:
     best_of: list[int] = field(
         default_factory=lambda: [2, 4, 8], metadata={"help": "The n of best-of-n, all from the same samples."}
     )
+    temperature: float = field(default=1.0, metadata={"help": "Of best-of-n's samples."})
+    top_p: float = field(default=1.0, metadata={"help": "Of best-of-n's samples: the LM's whole distribution."})
     dataset_name: str = field(default=EMBEDDED, metadata={"help": "`embedded`, a JSON file or a hub dataset."})
     split: str = field(default="test", metadata={"help": "Its split."})
     num_prompts: int | None = field(
@@ -118,6 +119,10 @@ class CompareArguments:
             )
         if "best_of_n" in self.methods and (not self.best_of or min(self.best_of) < 1):
             raise ValueError(f"--best_of must name numbers of at least 1, got {self.best_of}.")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"--temperature must be above 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}."
+            )
         for name in ("max_new_tokens", "batch_size", "num_prompts"):
             value = self.__dict__[name]
             if value is not None and value < 1:
@@ -292,7 +297,7 @@ def plan(
         "load_in_4bit": model_args.load_in_4bit,
         "load_in_8bit": model_args.load_in_8bit,
     }
-    jobs = [(Run(method="sft", seed=args.seed, settings=settings, trainable_parameters=0, **common), None)]
+    jobs = [(Run(method="sft", seed=args.seed, settings=settings, **common), None)]
     for one in trained:
         run = Run(
             method=one.method,
@@ -308,13 +313,12 @@ def plan(
         jobs.append((run, one))
     if "best_of_n" in args.methods:
         for n in sorted(set(args.best_of)):
-            sampling = {**settings, "temperature": TEMPERATURE}
+            sampling = {**settings, "temperature": args.temperature, "top_p": args.top_p}
             run = Run(
                 method="best_of_n",
                 variant=f"n={n}",
                 seed=args.seed,
                 settings=sampling,
-                trainable_parameters=0,
                 **common,
             )
             jobs.append((run, n))
@@ -386,7 +390,7 @@ def evaluate(
     sft_policy.complete(conversations[:1])  # warm-up: the first forward repacks weights and must not count as slow
     sft_record = records[0]
     if sft_record is None:
-        run = start(first, total_parameters=lm.num_parameters())
+        run = start(first, **sft_policy.parameters_report())
         sft_record = evaluate_policy(sft_policy, *shared, run=run, output_dir=args.output_dir, policy_lm=lm)
         speed = sft_record["tokens_per_second"]
     else:  # speeds are compared within one run only: the machine may have been busier when the record was made
@@ -400,10 +404,9 @@ def evaluate(
         print(f"{run.method} ({run.variant}), seed {run.seed}: {trained.folder}")
         if run.method == "proxy":
             model = ProxyModelForCausalLM.from_pretrained(lm, trained.folder)
-            trainable, total = model.get_nb_trainable_parameters()
-            run = start(run, trainable_parameters=trainable, total_parameters=total)
             policy_lm = model if model.proxy_config.features == "prefix" else None
             policy = ProxyPolicy(model, tokenizer, **decoding)
+            run = start(run, **policy.parameters_report())
             evaluate_policy(policy, *shared, run=run, policy_lm=policy_lm, **results)
         else:
             policy = load_trained(trained.folder, lm, tokenizer, **decoding)
@@ -414,10 +417,11 @@ def evaluate(
 
     pending_n = [(run, n) for run, n in pending if run.method == "best_of_n"]
     if pending_n:
-        pending_n = [(start(run, total_parameters=lm.num_parameters()), n) for run, n in pending_n]
         largest = max(n for _, n in pending_n)
         print(f"best-of-n: {largest} samples of every prompt")
-        policy = best_of_n.train(lm, tokenizer, reward, n=largest, temperature=TEMPERATURE, seed=args.seed, **decoding)
+        sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+        policy = best_of_n.train(lm, tokenizer, reward, n=largest, **sampling, **decoding)
+        pending_n = [(start(run, **policy.parameters_report()), n) for run, n in pending_n]
         samples = policy.sample(conversations, **columns)
         for run, n in pending_n:
             evaluate_completions(best_of_n.best_of(samples, n), *shared, run=run, **results)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import LogitsProcessor, StoppingCriteria
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from .candidates import Candidates, propose
@@ -79,6 +79,24 @@ class HiddenTap:
         hidden = args[0] if self.select is None else self.select(args[0])
         # A strided view, as the last position of a prompt is, makes torch expand the head's weights over the batch.
         return (hidden.contiguous(), *args[1:])
+
+
+def prefill(lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache | None:
+    """The cache of prompts `(batch, length)` but for their last token, from which `generate` goes on as often as one
+    likes, so that no prompt is read twice; None for prompts of one token."""
+    if input_ids.shape[1] < 2:
+        return None
+    cache = DynamicCache(config=lm.config)
+    with HiddenTap(lm, select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
+        lm(
+            input_ids=input_ids[:, :-1],
+            attention_mask=attention_mask[:, :-1],
+            position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return cache
 
 
 class PooledTap(HiddenTap):

@@ -5,10 +5,10 @@ import dataclasses
 import functools
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StopStringCriteria
+from transformers import LogitsProcessorList, StopStringCriteria
 from transformers.utils import logging
 
-from .decoding import HiddenTap, PooledTap, PrefixGate, StopRecorder, candidate_decode
+from .decoding import HiddenTap, PooledTap, PrefixGate, StopRecorder, candidate_decode, prefill
 from .rollout import ProxyGenerateOutput, record_steps
 
 logger = logging.get_logger(__name__)
@@ -125,7 +125,9 @@ class GatedGeneration:
         stops = StopRecorder(criteria)
         with PooledTap(self.lm, attention_mask) if config.pooled_features else HiddenTap(self.lm) as tap:
             if repeats > 1 and cache is None:
-                options["past_key_values"] = self._prefill_once(*prompts, repeats)
+                options["past_key_values"] = prefill(self.lm, *prompts)
+                if options["past_key_values"] is not None:
+                    options["past_key_values"].batch_repeat_interleave(repeats)
             gate = PrefixGate(self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout)
             output = self.lm.generate(
                 input_ids,
@@ -176,25 +178,6 @@ class GatedGeneration:
                 f"{limit}: shorten the prompts or `max_new_tokens`."
             )
         return input_ids, attention_mask
-
-    def _prefill_once(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, repeats: int
-    ) -> DynamicCache | None:
-        """Cache of the prompts but for their last token, each repeated, so that no prompt is read twice."""
-        if input_ids.shape[1] < 2:
-            return None
-        cache = DynamicCache(config=self.lm.config)
-        with HiddenTap(self.lm, select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
-            self.lm(
-                input_ids=input_ids[:, :-1],
-                attention_mask=attention_mask[:, :-1],
-                position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        cache.batch_repeat_interleave(repeats)
-        return cache
 
 
 def _refuse_what_has_no_meaning(setting, kwargs: dict) -> None:

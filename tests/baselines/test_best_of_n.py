@@ -6,6 +6,7 @@ import torch
 
 from baselines import best_of_n
 from baselines.best_of_n import Samples, best_of
+from baselines.policy import generate, prompt_batches
 from trl_proxy.rewards import to_text
 
 TEXTS = ["a longer prompt", "b", "some more"]
@@ -77,3 +78,27 @@ def test_samples_come_from_the_whole_distribution(policy, tiny_lm):
     counts = np.bincount([ids[0] for ids in samples.token_ids[0]], minlength=96)
     assert (counts > 0).sum() > 90
     assert counts.max() < 30  # 9.4 expected
+
+
+def test_the_prompts_are_read_once_for_all_samples(policy, tiny_lm):
+    """And what follows is what `generate` samples that reads them itself, from the same random numbers."""
+    lm, read = tiny_lm(), []
+    one = policy(3, lm=lm)
+    hook = lm.register_forward_pre_hook(lambda _, __, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    samples = one.sample(TEXTS)
+    hook.remove()
+    longest = [max(map(len, rows)) for rows in (TEXTS[::2], TEXTS[1:2])]  # a token a character, batches of two and one
+    assert [ids.shape[1] for ids in read if ids.shape[1] > 1] == [longest[0] - 1]
+    for number, (indices, inputs) in enumerate(prompt_batches(lm, one.tokenizer, TEXTS, batch_size=2)):
+        for k in range(3):
+            torch.manual_seed(int(np.random.SeedSequence((0, k, number)).generate_state(1)[0]))
+            expected, _ = generate(lm, one.tokenizer, inputs, max_new_tokens=6, do_sample=True, top_k=0)
+            assert [samples.token_ids[k][i] for i in indices] == expected
+
+
+def test_parameters_report(policy, tiny_lm):
+    lm = tiny_lm()
+    assert policy(2, lm=lm).parameters_report() == {
+        "trainable_parameters": 0,
+        "total_parameters": sum(p.numel() for p in lm.parameters()),
+    }
