@@ -15,7 +15,7 @@ from trl import TrlParser
 
 from baselines.training import BASELINES
 from trl_proxy.actor_critic import RewardError
-from trl_proxy.runs import leave
+from trl_proxy.runs import Interrupted, leave
 
 
 def parse(arguments: list[str]):
@@ -45,4 +45,7 @@ if __name__ == "__main__":
     except (ValueError, RewardError) as error:
         print(f"train_baseline: {error}", file=sys.stderr)
         leave(1)
+    except Interrupted as error:
+        print(f"train_baseline: {error}", file=sys.stderr)
+        leave(128 + error.signum)
     leave(0)

@@ -26,6 +26,7 @@ from trl import ModelConfig, TrlParser
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.actor_critic import RewardError
 from trl_proxy.runs import (
+    Interrupted,
     RunArguments,
     checkpoint_to_resume,
     fit,
@@ -85,4 +86,7 @@ if __name__ == "__main__":
     except (ValueError, RewardError) as error:
         print(f"train_proxy: {error}", file=sys.stderr)
         leave(1)
+    except Interrupted as error:
+        print(f"train_proxy: {error}", file=sys.stderr)
+        leave(128 + error.signum)
     leave(0)

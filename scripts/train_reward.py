@@ -69,6 +69,10 @@ class ScriptArguments:
     max_length: int = field(default=96, metadata={"help": "Tokens of a (prompt, response) pair; the rest is cut off."})
     n_heldout: int = field(default=800, metadata={"help": "Held-out pairs per source, split by prompt."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the split into training and held-out prompts."})
+    train_on_heldout: bool = field(
+        default=False,
+        metadata={"help": "Train on the held-out pairs and evaluate on the others: a reward of pairs no other has."},
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, divided by its rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
@@ -369,7 +373,7 @@ def public_command() -> str:
     return shlex.join(["python", "scripts/train_reward.py", *arguments])
 
 
-def write_card(script_args, args, config: dict, metrics: dict, names: list[str]) -> None:
+def write_card(script_args, args, config: dict, metrics: dict, train: dict[str, list]) -> None:
     """README.md beside the adapter: data, command, accuracies with intervals next to the length baseline, limits."""
 
     def cell(value):
@@ -377,6 +381,7 @@ def write_card(script_args, args, config: dict, metrics: dict, names: list[str])
             return "no such pair"
         return f"{value['accuracy']:.3f} [{value['ci95'][0]:.3f}, {value['ci95'][1]:.3f}] (n={value['n']})"
 
+    names = list(train)
     lines = [
         f"| source | score | all held-out pairs | length-matched pairs | first {CUT_WORDS} words of both |",
         "| --- | --- | --- | --- | --- |",
@@ -401,6 +406,7 @@ def write_card(script_args, args, config: dict, metrics: dict, names: list[str])
         max_length=script_args.max_length,
         split_seed=script_args.split_seed,
         cut_share=script_args.cut_share,
+        n_train=" and ".join(f"{len(rows):,} {name}" for name, rows in train.items()),
         tables="\n".join(lines),
     )
     (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
@@ -426,8 +432,9 @@ Split by prompt, never by row: no held-out prompt occurs in the training pairs o
 ```
 {command}
 ```
-Seed {seed}, split seed {split_seed}. In training {cut_share:.0%} of the pairs are cut, both responses after the same
-random number of words, so that an unfinished response is judged by what it says and not by its being short.
+Seed {seed}, split seed {split_seed}; {n_train} training pairs. In training
+{cut_share:.0%} of the pairs are cut, both responses after the same random number of words, so that an unfinished
+response is judged by what it says and not by its being short.
 
 ## Accuracy on held-out pairs
 95 % Wilson intervals. Length-matched: word counts (plus one) differ by less than 25 %. The settings were chosen on
@@ -452,6 +459,8 @@ def main(script_args: ScriptArguments, args: RewardTrainingArguments) -> None:
     all_drawn = set().union(*drawn.values())
     heldout = {name: [row for row in r if row["prompt"] in drawn[name]] for name, r in rows.items()}
     train = {name: [row for row in r if row["prompt"] not in all_drawn] for name, r in rows.items()}
+    if script_args.train_on_heldout:
+        train, heldout = heldout, train
     for name in rows:
         print(f"{name}: {len(train[name])} training and {len(heldout[name])} held-out pairs")
 
@@ -469,7 +478,7 @@ def main(script_args: ScriptArguments, args: RewardTrainingArguments) -> None:
     own = load_router_prompts(script_args.router_prompts, "test")
     metrics = evaluate(args.output_dir, config, train, heldout, own, args.per_device_eval_batch_size)
     path.write_text(json.dumps(config | {"metrics": metrics}, indent=2), encoding="utf-8")
-    write_card(script_args, args, config, metrics, list(rows))
+    write_card(script_args, args, config, metrics, train)
     print(json.dumps(metrics, indent=2))
 
 

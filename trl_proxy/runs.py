@@ -5,12 +5,14 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -19,6 +21,7 @@ from trl import ModelConfig, ScriptArguments, get_quantization_config
 from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
 
 RUN_FILE = "run.json"
+PATIENCE = 20.0  # seconds; torch's launcher kills what has not ended 30 s after its signal
 # What may differ between an interrupted run and the command that goes on with it.
 _NOT_IDENTITY = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "log_level", "report_to"}
 
@@ -132,21 +135,52 @@ def _logged_seconds(state: TrainerState) -> float:
     return next((entry["train_seconds"] for entry in reversed(state.log_history) if "train_seconds" in entry), 0.0)
 
 
+class Interrupted(Exception):
+    """A signal ended the run; its checkpoint is saved."""
+
+    def __init__(self, signum: int, output_dir: str):
+        name = signal.Signals(signum).name
+        super().__init__(f"{name} ended the run: its checkpoint is in {output_dir}, and the same command goes on.")
+        self.signum = signum
+
+
 class RunClock(TrainerCallback):
-    """Logs how long a run has trained, the parts before an interruption included, and ends it when its time is over.
+    """Logs how long a run has trained, the parts before an interruption included, and ends it with a checkpoint when
+    its time is over, or when SIGTERM or Ctrl-C has reached one of its processes.
+
+    It ends after the last update on a rollout, from where a resumed run equals the uninterrupted one to the last bit;
+    where that takes longer than `PATIENCE` seconds after a signal, at the next step.
 
     Args:
         limit: seconds; None for no end.
         before: seconds that were spent on this run already, before its first step.
-        cycle: optimizer steps between two rollouts. Within a rollout's updates a run does not end.
+        cycle: optimizer steps between two rollouts.
+
+    Attributes:
+        ended_by: the signal that ended the run, 0 where none did.
     """
 
     def __init__(self, limit: float | None, before: float = 0.0, cycle: int = 1):
         self.limit, self.before, self.cycle = limit, before, max(cycle, 1)
+        self.signum = self.ended_by = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.spent = max(_logged_seconds(state), self.before)
         self.started = time.monotonic()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, frame):
+        # A launcher hands on the Ctrl-C that its processes have had already: the same one again.
+        if self.signum and time.monotonic() - self.noted > 5:
+            raise KeyboardInterrupt
+        if not self.signum:
+            self.signum, self.noted = signum, time.monotonic()
 
     def seconds(self) -> float:
         return self.spent + time.monotonic() - self.started
@@ -156,19 +190,25 @@ class RunClock(TrainerCallback):
             state.log_history[-1]["train_seconds"] = self.seconds()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.limit is None or state.global_step % self.cycle:
-            return control
-        over = [self.seconds() >= self.limit]
-        if args.world_size > 1:  # all processes stop at the same step
-            broadcast_object_list(over)
-        if over[0]:
+        at_end = state.global_step % self.cycle == 0
+        over = at_end and self.limit is not None and self.seconds() >= self.limit
+        hurry = self.signum and time.monotonic() - self.noted > PATIENCE
+        # All processes stop at the same step: when the first one's time is over, or any has had a signal.
+        told = gather_object([(over, self.signum, hurry)])
+        signum = max(signum for _, signum, _ in told)
+        if told[0][0] or (signum and (at_end or any(hurry for *_, hurry in told))):
+            self.ended_by = signum
             control.should_training_stop = control.should_log = control.should_save = True
         return control
 
 
 def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seconds_before: float = 0.0) -> None:
     """Trains, or goes on from `checkpoint`; saves the result, the trainer's state and the run's record to the output
-    folder."""
+    folder.
+
+    Raises:
+        Interrupted: a signal ended the training.
+    """
     args = trainer.args
     if trainer.accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
@@ -176,7 +216,8 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
             json.dump(run, file, indent=2)
     rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
     cycle = rollout // args.gradient_accumulation_steps
-    trainer.add_callback(RunClock(run_args.max_train_seconds, seconds_before, cycle))
+    clock = RunClock(run_args.max_train_seconds, seconds_before, cycle)
+    trainer.add_callback(clock)
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
     over = state and _logged_seconds(state) >= (run_args.max_train_seconds or float("inf"))
     if state and (over or state.global_step >= state.max_steps):
@@ -190,6 +231,8 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
         if checkpoint:
             trainer.accelerator.print(f"Going on from {checkpoint}.")
         trainer.train(resume_from_checkpoint=checkpoint)
+        if clock.ended_by:
+            raise Interrupted(clock.ended_by, args.output_dir)
     trainer.save_model(args.output_dir)
     trainer.save_state()
     trainer.save_metrics("train", measured(trainer), combined=False)

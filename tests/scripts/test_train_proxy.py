@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from trl_proxy import ProxyModelForCausalLM
+from trl_proxy import ProxyModelForCausalLM, runs
+from trl_proxy.runs import Interrupted
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +64,7 @@ def tiny_run(tmp_path, tiny_lm, tiny_tokenizer):
 def run(script, arguments, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's, or what it was before
     script.main(*script.make_parser().parse_args_and_config(arguments))
 
 
@@ -98,6 +101,50 @@ def test_the_same_command_goes_on_and_equals_one_run(script, tiny_run, monkeypat
     assert json.loads((tmp_path / "out" / "train_results.json").read_text())["steps"] == json.loads(results)["steps"]
 
 
+# A reward that sends its own process a signal, once
+SIGNALLING = """
+import os, pathlib, signal
+
+def upper(prompts, completions, **kwargs):
+    sent = pathlib.Path("sent")
+    if {when} and not sent.exists():
+        sent.touch()
+        os.kill(os.getpid(), signal.{name})
+    return [float(sum(c.isupper() for c in x)) for x in completions]
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_after_its_rollout(script, tiny_run, monkeypatch, tmp_path, name):
+    """With a checkpoint, from which the same command goes on to the same result."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run(script, tiny_run(max_steps=12), monkeypatch, tmp_path)
+    whole = load_file(tmp_path / "out" / "proxy_model.safetensors")
+    monkeypatch.setattr(runs, "PATIENCE", 60.0)
+    when = "os.path.isdir('signalled/checkpoint-4')"
+    (tmp_path / "my_rewards.py").write_text(SIGNALLING.format(when=when, name=name))
+    with pytest.raises(
+        Interrupted, match=f"{name} ended the run: its checkpoint is in .*, and the same command"
+    ) as end:
+        run(script, tiny_run(max_steps=12, output_dir=tmp_path / "signalled"), monkeypatch, tmp_path)
+    assert end.value.signum == getattr(signal, name)
+    assert json.loads((tmp_path / "signalled" / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+    assert not (tmp_path / "signalled" / "train_results.json").exists()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    run(script, tiny_run(max_steps=12, output_dir=tmp_path / "signalled"), monkeypatch, tmp_path)
+    again = load_file(tmp_path / "signalled" / "proxy_model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_signal_does_not_wait_for_slow_updates(script, tiny_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    when = "os.path.isdir('out/checkpoint-4')"
+    (tmp_path / "my_rewards.py").write_text(SIGNALLING.format(when=when, name="SIGTERM"))
+    with pytest.raises(Interrupted):
+        run(script, tiny_run(), monkeypatch, tmp_path)
+    assert (tmp_path / "out" / "checkpoint-5" / "proxy_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("every", [4, 8])
 def test_the_best_checkpoint_is_kept(script, tiny_run, monkeypatch, tmp_path, every):
     """Also where it is the last one, and when the finished run is called again."""
@@ -124,7 +171,7 @@ def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path)
         run(script, tiny_run(), monkeypatch, tmp_path)
 
 
-RECIPES = [p for p in sorted((ROOT / "scripts" / "recipes").glob("*.yaml")) if "p_t" in p.read_text()]
+RECIPES = [ROOT / "scripts" / "recipes" / f"{name}.yaml" for name in ("smollm2_cpu", "smollm2_cpu_harmless", "paper")]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -176,7 +223,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tiny_run, tmp_path, flags
 
 
 def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
-    """Two gloo ranks on the CPU, launched as on two GPUs; a bad reward on one of them stops both."""
+    """Two gloo ranks on the CPU, launched as on two GPUs; a signal to one of them, or its bad reward, stops both."""
 
     def run_both(**flags):
         with socket.socket() as probe:  # a port of its own for each launch
@@ -197,10 +244,20 @@ def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
             timeout=180,
         )
 
-    result = run_both()
+    rewards = (tmp_path / "my_rewards.py").read_text()
+    when = "os.environ['RANK'] == '1' and os.path.isdir('out/checkpoint-4')"
+    (tmp_path / "my_rewards.py").write_text(SIGNALLING.format(when=when, name="SIGTERM"))
+    result = run_both(max_steps=12)
+    assert result.returncode != 0
+    assert result.stderr.count("train_proxy: SIGTERM ended the run") == 2
+    assert (tmp_path / "out" / "checkpoint-8" / "proxy_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "train_results.json").exists()
+    (tmp_path / "my_rewards.py").write_text(rewards)
+    result = run_both(max_steps=12)
+    assert "Going on from" in result.stdout
     assert result.returncode == 0, result.stderr[-2000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["global_step"] == 8
+    assert state["global_step"] == 12
     model = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "out")
     assert model.gate.mlp[-1].weight.abs().sum() > 0
 
