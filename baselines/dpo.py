@@ -24,14 +24,7 @@ from baselines.reward_model import load_callable_reward
 from baselines.training import LoraModelConfig
 from trl_proxy.defaults import load_prompts
 from trl_proxy.rewards import check_rewards, to_text
-from trl_proxy.runs import (
-    RunArguments,
-    checkpoint_to_resume,
-    fit,
-    identity,
-    load_policy,
-    reward_names,
-)
+from trl_proxy.runs import RunArguments, begin, fit, load_policy, reward_names
 
 PAIRS_FILE = "pairs.json"
 
@@ -65,15 +58,14 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     Returns:
         the trainer; its `model` is trained, and saved in the output folder.
     """
-    run = {"method": "dpo", **identity(run_args, training_args, model_args)}
-    checkpoint = checkpoint_to_resume(run_args, training_args, run)
-    set_seed(training_args.seed)
+    run, checkpoint = begin("dpo", run_args, training_args, model_args)
     lm, tokenizer = load_policy(model_args, training_args)
     seconds = 0.0
     if run_args.pairs == "dataset":
         pairs = check_pairs(load_prompts(run_args.dataset_name, run_args.dataset_train_split), run_args.dataset_name)
     else:
         pairs, seconds = cached_pairs(lm, tokenizer, run_args, training_args)
+    set_seed(training_args.seed)  # the adapter's first weights are the same whether pairs were sampled just now or not
     trainer = DPOTrainer(
         model=lm,
         args=training_args,

@@ -5,20 +5,12 @@ import os
 from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
 
 from baselines.sft import SFTPolicy
 from trl_proxy.decoding import HiddenTap
-from trl_proxy.runs import (
-    RunArguments,
-    checkpoint_to_resume,
-    fit,
-    identity,
-    load_datasets,
-    load_policy,
-    load_rewards,
-)
+from trl_proxy.runs import RunArguments, begin, fit, load_datasets, load_policy, load_rewards
 
 BASELINES = ("rlhf", "rloo", "grpo", "dpo")  # modules of this package with `CONFIGS` and `train`
 
@@ -39,11 +31,9 @@ def train_on_reward(method: str, trainer_class, run_args: RunArguments, training
     Returns:
         the trainer; its `model` is trained, and saved in the output folder.
     """
-    run = {"method": method, **identity(run_args, training_args, model_args)}
-    checkpoint = checkpoint_to_resume(run_args, training_args, run)
+    run, checkpoint = begin(method, run_args, training_args, model_args)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args)
-    set_seed(training_args.seed)
     lm, tokenizer = load_policy(model_args, training_args)
     trainer = trainer_class(
         model=lm,

@@ -20,7 +20,6 @@ import copy
 import dataclasses
 import sys
 
-from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
@@ -28,9 +27,8 @@ from trl_proxy.actor_critic import RewardError
 from trl_proxy.runs import (
     Interrupted,
     RunArguments,
-    checkpoint_to_resume,
+    begin,
     fit,
-    identity,
     leave,
     load_datasets,
     load_policy,
@@ -59,11 +57,9 @@ def main(
 ) -> ProxyPPOTrainer:
     """Loads everything, trains, saves the proxy to `output_dir`."""
     proxy_config = ProxyConfig(**dataclasses.asdict(proxy_args), temperature=training_args.temperature)
-    run = {"method": "proxy", **identity(run_args, training_args, model_args, proxy_config)}
-    checkpoint = checkpoint_to_resume(run_args, training_args, run)
+    run, checkpoint = begin("proxy", run_args, training_args, model_args, proxy_config)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args)
-    set_seed(training_args.seed)
     lm, tokenizer = load_policy(model_args, training_args)
     model = ProxyModelForCausalLM(lm, proxy_config)
     trainer = ProxyPPOTrainer(

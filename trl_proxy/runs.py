@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerState
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
 from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 PATIENCE = 20.0  # seconds; torch's launcher kills what has not ended 30 s after its signal
 # What may differ between an interrupted run and the command that goes on with it.
 _NOT_IDENTITY = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "log_level", "report_to"}
@@ -53,6 +55,45 @@ class RunArguments(ScriptArguments):
 
 
 # Where a run begins
+
+
+def begin(method: str, run_args: RunArguments, training_args, *configs) -> tuple[dict, str | None]:
+    """Takes the output folder for this process alone and seeds everything.
+
+    Returns:
+        what makes the run the run it is, and the checkpoint to go on from, None where there is none.
+
+    Raises:
+        ValueError: the folder cannot be written, another process trains in it, or it holds another run.
+    """
+    if int(os.environ.get("RANK", "0")) == 0:
+        _hold(training_args.output_dir)
+    run = {"method": method, **identity(run_args, training_args, *configs)}
+    checkpoint = checkpoint_to_resume(run_args, training_args, run)
+    set_seed(training_args.seed)
+    return run, checkpoint
+
+
+_held: dict[str, FileLock] = {}
+
+
+def _hold(output_dir: str) -> None:
+    """Locks the folder until the process ends, however that comes about."""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        path = os.path.realpath(os.path.join(output_dir, LOCK_FILE))
+        if path not in _held:
+            lock = FileLock(path, timeout=0)
+            lock.acquire()
+            _held[path] = lock
+    except Timeout:
+        raise ValueError(
+            f"Another process trains in {output_dir}: let it end, or choose another --output_dir."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"The folder {output_dir} cannot be written ({error.strerror}): choose another --output_dir."
+        ) from error
 
 
 def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:

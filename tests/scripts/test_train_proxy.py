@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from trl_proxy import ProxyModelForCausalLM, runs
@@ -169,6 +170,19 @@ def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path)
     os.remove(tmp_path / "out" / "run.json")
     with pytest.raises(ValueError, match="checkpoint of something else"):
         run(script, tiny_run(), monkeypatch, tmp_path)
+
+
+def test_a_folder_is_one_runs(script, tiny_run, monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(ValueError, match=r"Another process trains in .*out: let it end, or choose another"),
+    ):
+        run(script, tiny_run(), monkeypatch, tmp_path)
+    assert os.listdir(tmp_path / "out") in ([], [".lock"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"The folder .*file/out cannot be written \(Not a directory\)"):
+        run(script, tiny_run(output_dir=tmp_path / "file" / "out"), monkeypatch, tmp_path)
 
 
 RECIPES = [ROOT / "scripts" / "recipes" / f"{name}.yaml" for name in ("smollm2_cpu", "smollm2_cpu_harmless", "paper")]
