@@ -206,10 +206,10 @@ def sign_test(values, baseline) -> float | None:
 def sampled_kl(policy_logprobs, lm_logprobs) -> SampledKL:
     """The policy's KL divergence from the LM, from responses that the policy sampled: the mean of log(policy / LM).
 
-    Unbiased per response, whatever the policy leaves out of the LM's distribution. The estimator `LM/policy - 1 - log(LM/policy)`,
-    which varies less, is not: it needs a policy that gives every token of the LM a chance, and a gate gives most none.
-    For greedy responses this is no divergence. Where both models are at hand, `eval.likelihood` is exact at each
-    position.
+    Unbiased per response, whatever the policy leaves out of the LM's distribution. The estimator that varies less,
+    `LM/policy - 1 - log(LM/policy)`, is not: it needs a policy that gives every token of the LM a chance, and a gate
+    gives most none. For greedy responses this is no divergence. Where both models are at hand, `eval.likelihood` is
+    exact at each position.
 
     Args:
         policy_logprobs, lm_logprobs: per response a list of its tokens' log-probabilities, in nats, under the policy
