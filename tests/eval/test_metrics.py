@@ -1,16 +1,17 @@
 """Tests of the modules under `eval/metrics`: they load without a network, and say what `eval.stats` says."""
 
+import copy
 import doctest
+import inspect
 import math
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from eval.length_control import length_controlled_win_rate
 from eval.stats import distinct_n, mean_ci, sampled_kl, win_rate, win_scores
@@ -49,29 +50,18 @@ def test_the_examples_of_the_description_are_true(load, name, monkeypatch):
     assert failed == 0
 
 
-OFFLINE = """
-import socket, sys
+def test_they_load_from_any_folder_without_a_network(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"looked for the network: {args}")
 
-def refuse(*args, **kwargs):
-    raise AssertionError(f"looked for the network: {args}")
-
-socket.socket.connect = socket.getaddrinfo = refuse
-import evaluate
-
-for path in sys.argv[1:]:
-    metric = evaluate.load(path)
-print(metric.name, metric.compute(predictions=[1, 2, 3], references=[0, 2, 5])["win_rate"])
-"""
-
-
-def test_they_load_from_any_folder_without_a_network(tmp_path):
-    # As the editable install has it: `eval` can be imported everywhere. HF_HUB_OFFLINE is off: nothing needs it.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-    paths = [str(ROOT / "eval" / "metrics" / name) for name in NAMES]
-    command = [sys.executable, "-c", OFFLINE, *paths]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "win_rate 0.5\n"
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        metric = evaluate.load(str(ROOT / "eval" / "metrics" / name), cache_dir=str(tmp_path / "data"))
+        assert not Path(inspect.getfile(type(metric))).is_relative_to(ROOT)  # a copy, which finds `eval` by its name
+        if name == "win_rate":
+            assert metric.compute(predictions=[1, 2, 3], references=[0, 2, 5])["win_rate"] == 0.5
 
 
 def test_win_rate(load):
@@ -143,6 +133,22 @@ def saved_lm(tmp_path_factory, tiny_lm, tiny_tokenizer) -> str:
 def brute_force_nlls(lm, prompt: list[int], response: list[int]) -> list[float]:
     logits = [lm(torch.tensor([prompt + response[:i]])).logits[0, -1].double() for i in range(len(response))]
     return [-float(row.log_softmax(-1)[token]) for row, token in zip(logits, response, strict=True)]
+
+
+def test_perplexity_gives_the_bos_where_the_tokenizer_writes_one(load, tmp_path, tiny_lm, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    lm = tiny_lm()
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    question, answer = tiny_tokenizer(["Is it?", "yes"])["input_ids"]
+    for prompts, given in ((None, []), (["Is it?"], question)):  # before the prompt, never between it and the text
+        nlls = brute_force_nlls(lm, [tokenizer.bos_token_id, *given], answer)
+        result = load("perplexity_under_lm").compute(predictions=["yes"], model=str(tmp_path / "lm"), prompts=prompts)
+        assert result["lm_logprob_per_token"] == pytest.approx(-sum(nlls) / 3, abs=1e-4)
+        assert result["ci95"] is None
 
 
 @pytest.mark.parametrize("prompts", ["strings", "conversations", None])
