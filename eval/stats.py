@@ -129,8 +129,9 @@ def seeds_mean_ci(matrix, *, confidence: float = 0.95, n_resamples: int = 9999, 
     much. Two or three seeds show only roughly how large it is: hence Student's t. The standard errors over seeds and
     over prompts are added in quadrature, with the degrees of freedom of Welch (1947) and Satterthwaite (1946): about
     seeds - 1 where seeds differ more than prompts, many where prompts do. What is left beside seed and prompt counts
-    in both errors, which makes the interval rather too wide than too narrow. A bootstrap of both resamples three seeds
-    to two thirds of their variance and knows no t: where seeds differ most, it covers the truth in 3 of 4 cases.
+    in both errors, which widens the interval where seeds hardly differ. In simulations it covered the truth in 91 to
+    97 % of the cases with three seeds, in 88 to 97 % with two. A bootstrap of both knows no t and resamples three
+    seeds to two thirds of their variance: it covered the truth in 76 % where the seeds' means differ most.
 
     Args:
         matrix: one number per seed and prompt, shape (seeds, n). One seed, or one prompt, falls back to `mean_ci`.
