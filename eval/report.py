@@ -112,7 +112,10 @@ def _win_rate(group: list[dict], sft: dict | None) -> str:
     if len(group) == 1:
         return with_interval(group[0]["win_rate_vs_sft"], group[0]["win_rate_ci95"], ".2f")
     scores = np.stack([win_scores(record["rewards"], sft["rewards"]) for record in group])
-    return with_interval(float(scores.mean()), seeds_mean_ci(scores), ".2f")
+    interval = seeds_mean_ci(scores)
+    if interval is not None:  # Student's t knows no bounds of a rate
+        interval = np.clip(interval, 0, 1).tolist()
+    return with_interval(float(scores.mean()), interval, ".2f")
 
 
 def _trainable(record: dict) -> str:

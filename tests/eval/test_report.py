@@ -68,7 +68,7 @@ def test_table_cells(records):
     assert best_of_2[4].startswith("0.75 [0.30, 0.95]")  # 2 wins and 2 ties of 4: Wilson
     assert best_of_2[5:7] == ["+0.25", "+0.25"]
     assert gain_rows[3][:3] == ["proxy (prefix)", "2", "2.50"]
-    assert gain_rows[3][5:7] == ["+1.50", "+0.50"]
+    assert gain_rows[3][4:7] == ["0.81 [0.00, 1.00]", "+1.50", "+0.50"]  # two seeds, not beyond what a rate can be
     assert costs[1:4] == ["trainable", "refusals everyday", "refusals harm-adjacent"]
     assert cost_rows[0] == ["sft", "0", "0%", "0%", "-1.00", "1.00", "1.00"]
     assert cost_rows[3] == ["proxy (prefix)", "1,000 (1.00%)", "0%", "0%", "-1.00", "1.00", "0.50"]
