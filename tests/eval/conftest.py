@@ -1,9 +1,12 @@
 """Records made from given rewards, for everything that is drawn from records alone."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
 
+from eval import drawing
 from eval.harness import Record, summarise
 from eval.stats import win_rate
 
@@ -64,3 +67,12 @@ def make_record():
         return asdict(Record(**{**fields, **overrides}))
 
     return build
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures instead of their files: drawing them to pixels is slow and tells a test nothing."""
+    saved = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: saved.append(figure) or Path(path))
+    yield saved
+    plt.close("all")

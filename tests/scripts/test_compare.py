@@ -139,7 +139,8 @@ def test_a_whole_comparison(run, tmp_path, capsys):
     assert len({record["tokens_per_second_sft"] for record in records.values()}) == 1
 
     plots = {path.name for path in (tmp_path / "plots").glob("*.png")}
-    assert plots == {"reward_distributions.png", "gains.png", "reward_against_logprob.png", "training_curve.png"}
+    names = ["reward_distributions", "gains", "win_rates", "cost_against_gain", "reward_against_logprob"]
+    assert plots == {f"{name}.png" for name in [*names, "training_curve"]}
     for name in plots:
         assert f"(plots/{name})" in (tmp_path / "report.md").read_text()
     assert "proxy (prefix, p_t=0.02)" in (tmp_path / "samples.md").read_text()
