@@ -16,16 +16,17 @@ KINDS = ["everyday", "everyday", "harm_adjacent", "harm_adjacent"]
 @pytest.fixture(scope="session")
 def make_record():
     """`make_record(method, rewards, sft=None, variant=None, seed=0, **overrides)`: a record as the harness writes it,
-    four prompts, the first two everyday."""
+    kinds as in `KINDS`, over and over."""
 
     def build(method, rewards, sft=None, variant=None, seed=0, responses=None, **overrides) -> dict:
         responses = responses or [f"answer {i}" for i in range(len(rewards))]
         by_kind = {}
+        kinds = [KINDS[i % len(KINDS)] for i in range(len(rewards))]
         for kind in sorted(set(KINDS)):
-            rows = [i for i, k in enumerate(KINDS) if k == kind]
+            rows = [i for i, k in enumerate(kinds) if k == kind]
             pick = lambda values, rows=rows: [values[i] for i in rows]  # noqa: E731
             baseline = None if sft is None else {"rewards": pick(sft["rewards"]), "gold_rewards": None}
-            by_kind[kind] = {"n_prompts": 2, **summarise(pick(rewards), None, pick(responses), baseline)}
+            by_kind[kind] = {"n_prompts": len(rows), **summarise(pick(rewards), None, pick(responses), baseline)}
         wins = None if sft is None else win_rate(rewards, sft["rewards"])
         fields = {
             "method": method,
@@ -61,7 +62,7 @@ def make_record():
             "command": "python scripts/compare.py",
             "top_4gram_share": None,
             "gold_rewards": None,
-            "kinds": KINDS,
+            "kinds": kinds,
             "prompts": [f"question {i}" for i in range(len(rewards))],
         }
         return asdict(Record(**{**fields, **overrides}))
