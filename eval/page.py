@@ -198,7 +198,7 @@ def render_page(records: list[dict], figures: list[Path], runs: dict[str, dict] 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    evaluation = {label(group[0]): group[0]["settings"] for group in groups.values()}
+    evaluation = {f"{label(r)}, seed {r['seed']}": r["settings"] for group in groups.values() for r in group}
     chosen = {
         name: {key: settings[key] for key in HYPERPARAMETERS if key in settings} for name, settings in runs.items()
     }

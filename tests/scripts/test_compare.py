@@ -312,3 +312,10 @@ def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
     proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
     assert (proxy.seed, proxy.episodes, proxy.trainer_state) == (9, None, None)
     assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
+
+
+def test_half_a_record_is_named_before_a_model_is_loaded(run, no_model, tmp_path):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "sft-seed0.json").write_text('{"method": "sft", "rew')
+    with pytest.raises(ValueError, match=r"sft-seed0.json is no whole JSON file .*: delete it and evaluate again"):
+        run()
