@@ -99,7 +99,7 @@ def no_model(compare, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(compare, "load_lm", fail)
+    monkeypatch.setattr(compare, "load_policy", fail)
     monkeypatch.setattr(compare, "load_callable_reward", fail)
 
 
@@ -212,7 +212,7 @@ def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_
     assert fresh["best_of_n-n=2-seed0"]["responses"] == second["best_of_n-n=2-seed0"]["responses"]
 
     with monkeypatch.context() as context:  # nothing is left to do: no model is needed
-        context.setattr(compare, "load_lm", None)
+        context.setattr(compare, "load_policy", None)
         assert run(best_of=[1, 2], **settings) == second
 
     with pytest.raises(
