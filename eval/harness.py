@@ -117,20 +117,37 @@ class Record(Run):
         return path
 
 
+def read_record(path: str | os.PathLike) -> dict:
+    """One record file.
+
+    Raises:
+        ValueError: if it is damaged or lacks a key of the contract.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # half a file, or no UTF-8
+        raise ValueError(f"{path} is no whole JSON file ({error}): delete it and evaluate again.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is no record but a JSON {type(record).__name__}: delete it and evaluate again.")
+    if missing := Record.__dataclass_fields__.keys() - record.keys():
+        raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
+    for name in ("rewards", "responses", "prompts"):
+        n, expected = len(record[name]), record["n_prompts"]
+        if n != expected:
+            raise ValueError(f"{path} has {n} {name} for {expected} prompts: delete it and evaluate again.")
+    return record
+
+
 def read_records(output_dir: str | os.PathLike) -> list[dict]:
     """All records under an output folder, by file name.
 
     Raises:
-        ValueError: if there are none, or one lacks a key of the contract.
+        ValueError: if there are none, or one is damaged or lacks a key of the contract.
     """
     paths = sorted((Path(output_dir) / "records").glob("*.json"))
     if not paths:
         raise ValueError(f"no records under {Path(output_dir) / 'records'}: run scripts/compare.py first.")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for path, record in zip(paths, records, strict=True):
-        if missing := Record.__dataclass_fields__.keys() - record.keys():
-            raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
-    return records
+    return [read_record(path) for path in paths]
 
 
 def prompts_sha256(prompts: list) -> str:

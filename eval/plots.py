@@ -1,112 +1,43 @@
-"""Figures, drawn from the record files alone (the training curve from TRL's `trainer_state.json`).
+"""Figures of a comparison, drawn from its record files alone, and of the benchmark."""
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; rows, hatches, markers and line styles tell the methods
-apart in grey too. Every figure is written as PNG and SVG.
-"""
-
-import json
 import os
+import re
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no display
 
 import numpy as np
 from matplotlib import pyplot as plt
-from scipy.stats import gaussian_kde
 
-from eval.report import all_kinds, delta_over_seeds, find_sft, group_records, kind_title
-from eval.stats import seeds_mean_ci
+from eval import drawing
+from eval.report import (
+    all_kinds,
+    delta_over_seeds,
+    find_sft,
+    group_records,
+    kind_title,
+    mean_over_seeds,
+    win_rate_over_seeds,
+)
+from eval.stats import win_scores
 
-# Okabe & Ito 2008, 'Color Universal Design'; without yellow, which is too light for a line on white
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-LINE_STYLES = ("-", "--", "-.", ":")
-HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE = {
-    "figure.dpi": 150,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "svg.hashsalt": "trl-proxy",  # equal records give equal files
-}
-
-
-def _save(figure, path: str | os.PathLike) -> Path:
-    """Writes `path` as PNG and its twin as SVG; returns the PNG's path."""
-    path = Path(path).with_suffix(".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-    return path
-
-
-def _title(records: list[dict]) -> str:
-    return f"reward: {records[0]['reward_model']}; {records[0]['n_prompts']} prompts"
-
-
-def _looks(groups: dict[str, list[dict]]) -> dict[str, dict[str, str]]:
-    """Colour, marker and hatch of every method, the same in all figures; best-of-n has one colour for all n."""
-    families = {name: "best_of_n" if group[0]["method"] == "best_of_n" else name for name, group in groups.items()}
-    order = list(dict.fromkeys(families.values()))
-    return {
-        name: {
-            "color": COLORS[order.index(families[name]) % len(COLORS)],
-            "marker": MARKERS[order.index(families[name]) % len(MARKERS)],
-            "hatch": HATCHES[i % len(HATCHES)],
-        }
-        for i, name in enumerate(groups)
-    }
-
-
-def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray | None:
-    """Gaussian kernel density on the grid; None where the values have no spread to estimate one from."""
-    return gaussian_kde(values.ravel())(grid) if values.size > 1 and np.ptp(values) > 0 else None
+UNTRAINED = ("sft", "best_of_n")  # they cost no training
 
 
 def plot_reward_distributions(records: list[dict], path: str | os.PathLike) -> Path:
     """A row per method: density of the rewards over the prompts (all seeds together), its mean with a 95 % interval,
     and SFT's density as a dashed line to compare with."""
-    groups = group_records(records)
-    looks, sft = _looks(groups), find_sft(records)
-    everything = np.concatenate([record["rewards"] for record in records])
-    margin = 0.25 * np.ptp(everything) or 1.0
-    grid = np.linspace(everything.min() - margin, everything.max() + margin, 400)
+    groups, sft = group_records(records), find_sft(records)
     rewards = {name: np.array([record["rewards"] for record in group]) for name, group in groups.items()}
-    densities = {name: _density(values, grid) for name, values in rewards.items()}
-    peak = max((density.max() for density in densities.values() if density is not None), default=1.0)
-    sft_density = None if sft is None else _density(np.array(sft["rewards"]), grid)
-    with plt.rc_context(STYLE):
-        size = (7, 1.0 + 0.85 * len(groups))
-        figure, axes = plt.subplots(len(groups), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
-        for axis, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
-            color, density = looks[name]["color"], densities[name]
-            mean, interval = rewards[name].mean(), seeds_mean_ci(rewards[name])
-            if density is not None:
-                axis.fill_between(grid, density, color=color, alpha=0.25, linewidth=0)
-                axis.plot(grid, density, color=color, linewidth=1.5)
-            if sft_density is not None and group[0] is not sft:
-                axis.plot(grid, sft_density, color="black", linestyle="--", linewidth=0.9)
-            axis.vlines(mean, 0, peak, color=color, linewidth=1.2)
-            if interval is not None:
-                axis.fill_betweenx([0, peak], *interval, color=color, alpha=0.35, linewidth=0)
-            text = f"{mean:.2f}" if interval is None else f"{mean:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
-            axis.text(1, 0.98, text, transform=axis.transAxes, ha="right", va="top")
-            axis.text(0, 0.98, name, transform=axis.transAxes, ha="left", va="top", weight="bold")
-            axis.set_yticks([])
-            axis.set_ylim(0, 1.4 * peak)  # room for the text
-            axis.spines["left"].set_visible(False)
-        axes[-1, 0].set_xlabel("reward over the prompts; line and band: mean and its 95 % interval; dashed: sft")
-        figure.suptitle(_title(records), size=9)
-        return _save(figure, path)
+    colors = {name: look["color"] for name, look in drawing.looks(groups).items()}
+    dashed = None if sft is None else next(name for name, group in groups.items() if group[0]["method"] == "sft")
+    return drawing.draw_distributions(rewards, colors, path, title=drawing.title(records), dashed=dashed)
+
+
+def _beside_sft(records: list[dict], what: str) -> dict[str, list[dict]]:
+    """The methods that are measured against SFT; `ValueError` where there is no SFT, or nothing else."""
+    groups = {name: group for name, group in group_records(records).items() if group[0]["method"] != "sft"}
+    if find_sft(records) is None or not groups:
+        raise ValueError(f"{what} need an SFT record and another method's: run scripts/compare.py with both.")
+    return groups
 
 
 def plot_gains(records: list[dict], path: str | os.PathLike) -> Path:
@@ -115,14 +46,11 @@ def plot_gains(records: list[dict], path: str | os.PathLike) -> Path:
     Raises:
         ValueError: if there is no SFT record, or nothing beside it.
     """
-    sft, kinds, groups = find_sft(records), all_kinds(records), group_records(records)
-    looks = _looks(groups)
-    groups = {name: group for name, group in groups.items() if group[0]["method"] != "sft"}
-    if sft is None or not groups:
-        raise ValueError("gains need an SFT record and another method's: run scripts/compare.py with both.")
+    sft, kinds, groups = find_sft(records), all_kinds(records), _beside_sft(records, "gains")
+    looks = drawing.looks(group_records(records))
     width = 0.8 / len(groups)
     several = any(len(group) > 1 for group in groups.values())
-    with plt.rc_context(STYLE):
+    with plt.rc_context(drawing.RC):
         inches = max(6.0, 1.0 + 0.4 * len(groups) * (1 + len(kinds)))
         figure, axis = plt.subplots(figsize=(inches, 4.2), layout="constrained")
         for i, (name, group) in enumerate(groups.items()):
@@ -149,12 +77,49 @@ def plot_gains(records: list[dict], path: str | os.PathLike) -> Path:
         axis.set_xticks(range(1 + len(kinds)), ["all prompts", *map(kind_title, kinds)])
         axis.grid(axis="x", visible=False)
         axis.set_ylabel("gain in reward over SFT")
-        axis.set_title(_title(records), loc="left", size=9)
+        axis.set_title(drawing.title(records), loc="left", size=9)
         axis.set_xlabel("whiskers: 95 % interval" + ("; dots: seeds" if several else ""))
         # About 80 characters fit beside one another in the narrowest figure.
         longest = max((len(name) for name in groups), default=1)
         figure.legend(loc="outside upper center", ncols=min(len(groups), 3, max(80 // (longest + 8), 1)))
-        return _save(figure, path)
+        return drawing.save(figure, path)
+
+
+def plot_win_rates(records: list[dict], path: str | os.PathLike) -> Path:
+    """A bar per method: share of the prompts won, tied and lost against SFT, all seeds together; the dot is the win
+    rate, a tie counting half, with its 95 % interval.
+
+    Raises:
+        ValueError: if there is no SFT record, or nothing beside it.
+    """
+    sft, groups = find_sft(records), _beside_sft(records, "win rates")
+    with plt.rc_context(drawing.RC):
+        figure, axis = plt.subplots(figsize=(7, 1.6 + 0.5 * len(groups)), layout="constrained")
+        for row, group in enumerate(groups.values()):
+            scores = np.stack([win_scores(record["rewards"], sft["rewards"]) for record in group])
+            left = 0.0
+            parts = (("won", 1, "#0072B2", ""), ("tied", 0.5, "#BBBBBB", ".."), ("lost", 0, "#E69F00", "//"))
+            for name, score, color, hatch in parts:
+                share = float((scores == score).mean())
+                look = {"color": color, "hatch": hatch, "edgecolor": "white", "alpha": 0.75}
+                axis.barh(row, share, 0.7, left=left, label=name if row == 0 else None, **look)
+                left += share
+            rate, interval = win_rate_over_seeds(group, sft)
+            axis.plot(rate, row, "o", color="black", markeredgecolor="white", markersize=8, zorder=4)
+            if interval is not None:
+                error = [[rate - interval[0]], [interval[1] - rate]]
+                axis.errorbar(rate, row, xerr=error, color="black", capsize=4, linewidth=1.5, zorder=3)
+            axis.text(1.01, row, f"{rate:.2f}", va="center")
+        axis.axvline(0.5, color="black", linestyle=":", linewidth=1)
+        axis.set_yticks(range(len(groups)), list(groups))
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.08)
+        axis.set_xticks(np.linspace(0, 1, 6))
+        axis.grid(visible=False)
+        axis.set_xlabel("share of prompts; dot: win rate, ties as half; 95 % interval")
+        axis.set_title(drawing.title(records), loc="left", size=9)
+        figure.legend(loc="outside upper right", ncols=3)
+        return drawing.save(figure, path)
 
 
 def plot_reward_against_logprob(records: list[dict], path: str | os.PathLike) -> Path:
@@ -163,8 +128,8 @@ def plot_reward_against_logprob(records: list[dict], path: str | os.PathLike) ->
     Up is better, right is nearer to what the LM would say itself; the n of best-of-n are joined.
     """
     groups = group_records(records)
-    looks = _looks(groups)
-    with plt.rc_context(STYLE):
+    looks = drawing.looks(groups)
+    with plt.rc_context(drawing.RC):
         figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
         best_of_n = [record for group in groups.values() for record in group if record["method"] == "best_of_n"]
         for seed in {record["seed"] for record in best_of_n}:
@@ -195,61 +160,89 @@ def plot_reward_against_logprob(records: list[dict], path: str | os.PathLike) ->
         axis.locator_params(axis="x", nbins=6)
         axis.set_xlabel("LM log-prob per response token, nats (right: nearer to the LM's own text)")
         axis.set_ylabel("mean reward, 95 % interval")
-        axis.set_title(_title(records), loc="left", size=9)
-        figure.legend(loc="outside right upper", handlelength=1)
-        return _save(figure, path)
+        axis.set_title(drawing.title(records), loc="left", size=9)
+        figure.legend(loc="outside upper center", ncols=2, handlelength=1)
+        return drawing.save(figure, path)
 
 
-def training_points(trainer_state: str | os.PathLike, episodes_per_step: float, key: str) -> np.ndarray:
-    """(episodes, value) of every log entry of a `trainer_state.json` that has `key`, shape (entries, 2)."""
-    history = json.loads(Path(trainer_state).read_text(encoding="utf-8"))["log_history"]
-    return np.array([[entry["step"] * episodes_per_step, entry[key]] for entry in history if key in entry]).reshape(
-        -1, 2
-    )
+def threshold_of(record: dict) -> float:
+    """The gate's threshold at inference, as the settings or the variant say; 0, the default, where neither does."""
+    if record["settings"].get("threshold") is not None:
+        return float(record["settings"]["threshold"])
+    found = re.search(r"threshold=([^,\s]+)", record["variant"] or "")
+    return float(found[1]) if found else 0.0
 
 
-def plot_training_curve(
-    runs: dict[str, tuple[str | os.PathLike, float]], path: str | os.PathLike, *, smooth: int = 5
-) -> Path:
-    """Reward against training episodes: rollouts faint, their running mean as a line, evaluations as markers.
-
-    Args:
-        runs: name of the run -> its `trainer_state.json`, as TRL's trainer writes it, and the episodes that one
-            optimizer step stands for.
-        smooth: log entries in the running mean.
+def plot_reward_against_threshold(records: list[dict], path: str | os.PathLike) -> Path:
+    """Mean reward of proxies by the threshold of their decisions at inference, a line per variant (all seeds
+    together) with 95 % intervals, and SFT's mean as a dashed line: how far alignment can be turned without training.
 
     Raises:
-        ValueError: if a log has no reward.
+        ValueError: if the records have fewer than two thresholds.
     """
-    with plt.rc_context(STYLE):
+    lines: dict[str, dict[float, list[dict]]] = {}
+    for name, group in group_records(records).items():
+        base = re.sub(r",? ?threshold=[^,)]+", "", name)
+        for record in group:
+            if record["method"] == "proxy":
+                lines.setdefault(base, {}).setdefault(threshold_of(record), []).append(record)
+    if len({threshold for line in lines.values() for threshold in line}) < 2:
+        raise ValueError("records have one threshold only: evaluate a proxy with others beside it.")
+    sft = find_sft(records)
+    with plt.rc_context(drawing.RC):
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-        for i, (name, (state, episodes_per_step)) in enumerate(runs.items()):
-            color, line = COLORS[(i + 1) % len(COLORS)], LINE_STYLES[i % len(LINE_STYLES)]
-            train = training_points(state, episodes_per_step, "reward")
-            evaluations = training_points(state, episodes_per_step, "eval_reward")
-            if len(train) == 0:
-                raise ValueError(
-                    f"{state} logs no 'reward': train with logging_steps smaller than the number of steps."
-                )
-            n = min(smooth, len(train))
-            mean = np.convolve(
-                train[:, 1], np.ones(n) / n, mode="valid"
-            )  # over the last n entries, none in the future
-            axis.plot(*train.T, color=color, alpha=0.3, linewidth=0.8)
-            axis.plot(train[n - 1 :, 0], mean, color=color, linestyle=line, linewidth=1.8, label=f"{name}, rollouts")
-            if len(evaluations):
-                axis.plot(
-                    *evaluations.T,
-                    MARKERS[i % len(MARKERS)],
-                    color=color,
-                    markersize=7,
-                    markeredgecolor="white",
-                    label=f"{name}, held-out prompts",
-                )
-        axis.set_xlabel("training episodes")
-        axis.set_ylabel("mean reward")
-        axis.legend(handlelength=3)
-        return _save(figure, path)
+        for i, (name, line) in enumerate(lines.items()):
+            thresholds = sorted(line)
+            rewards = [np.array([record["rewards"] for record in line[threshold]]) for threshold in thresholds]
+            look = {"color": drawing.COLORS[(i + 1) % 7], "marker": drawing.MARKERS[(i + 1) % 7]}
+            drawing.draw_means(axis, thresholds, rewards, label=name, linestyle=drawing.LINE_STYLES[i % 4], **look)
+        if sft is not None:
+            axis.axhline(sft["reward_mean"], color="black", linestyle="--", linewidth=1, label="sft")
+        axis.set_xlabel("threshold of the accept logit at inference (right: rejects more)")
+        axis.set_ylabel("mean reward, 95 % interval")
+        axis.set_title(drawing.title(records), loc="left", size=9)
+        axis.legend()
+        return drawing.save(figure, path)
+
+
+def plot_cost_against_gain(records: list[dict], path: str | os.PathLike) -> Path:
+    """Gain over SFT with its 95 % interval against what it costs: LM forwards per response token when answering, and
+    minutes of training (0 for methods that are not trained). Up and left is better.
+
+    Raises:
+        ValueError: if there is no SFT record, or nothing beside it.
+    """
+    sft, groups = find_sft(records), _beside_sft(records, "costs")
+    looks = drawing.looks(group_records(records))
+    costs = {"lm_forwards_per_token": "LM forwards per response token", "train_seconds": "training, minutes"}
+    with plt.rc_context(drawing.RC):
+        figure, axes = plt.subplots(1, 2, figsize=(8.5, 4), sharey=True, layout="constrained")
+        for axis, (key, title) in zip(axes, costs.items(), strict=True):
+            for name, group in groups.items():
+                cost = mean_over_seeds(group, key)
+                if key == "train_seconds" and group[0]["method"] in UNTRAINED:
+                    cost = 0.0
+                if cost is None:
+                    continue  # not measured
+                mean, interval = delta_over_seeds(group, sft)
+                look = {"color": looks[name]["color"], "marker": looks[name]["marker"], "linestyle": "none"}
+                error = None if interval is None else [[mean - interval[0]], [interval[1] - mean]]
+                x = cost / 60 if key == "train_seconds" else cost
+                label = "best_of_n" if group[0]["method"] == "best_of_n" else name
+                axis.errorbar(x, mean, yerr=error, label=label, capsize=3, markersize=8, **look)
+                if label == "best_of_n":
+                    axis.annotate(group[0]["variant"], (x, mean), xytext=(8, 3), textcoords="offset points", size=8)
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_xlabel(title)
+            axis.margins(x=0.15)
+        axes[0].set_xscale("log", base=2)
+        axes[0].xaxis.set_major_formatter("{x:g}")
+        axes[0].set_ylabel("gain in reward over SFT, 95 % interval")
+        figure.suptitle(drawing.title(records), size=9)
+        handles, names = axes[0].get_legend_handles_labels()
+        legend = dict(zip(names, handles))  # best-of-n once
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2)
+        return drawing.save(figure, path)
 
 
 def plot_benchmark(cells: list[dict], path: str | os.PathLike) -> Path:
@@ -263,7 +256,7 @@ def plot_benchmark(cells: list[dict], path: str | os.PathLike) -> Path:
     }
     base = cells[0]
     names = [name for name in base["methods"] if all(name in cell["methods"] for cell in cells)]
-    with plt.rc_context(STYLE):
+    with plt.rc_context(drawing.RC):
         figure, axes = plt.subplots(1, len(axes_titles), figsize=(12, 3.6), sharey=True, layout="constrained")
         for axis, (key, title) in zip(axes, axes_titles.items(), strict=True):
             line = [cell for cell in cells if all(cell[k] == base[k] for k in axes_titles if k != key)]
@@ -273,8 +266,14 @@ def plot_benchmark(cells: list[dict], path: str | os.PathLike) -> Path:
                 found = [cell["methods"][name] for cell in line]
                 y = np.array([r["ratio"] for r in found])
                 spread = [y - [r["ratio_min"] for r in found], [r["ratio_max"] for r in found] - y]
-                look = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-                axis.errorbar(x, y, spread, label=name, capsize=2, linestyle=LINE_STYLES[i % 4], linewidth=1.2, **look)
+                look = {
+                    "color": drawing.COLORS[i % len(drawing.COLORS)],
+                    "marker": drawing.MARKERS[i % len(drawing.MARKERS)],
+                    "markersize": 4,
+                }
+                axis.errorbar(
+                    x, y, spread, label=name, capsize=2, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.2, **look
+                )
             if key != "reject_rate":
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(x, [str(value) for value in x])
@@ -283,7 +282,7 @@ def plot_benchmark(cells: list[dict], path: str | os.PathLike) -> Path:
         axes[0].set_ylabel("tokens/s, x generate, sampled")
         axes[0].set_ylim(bottom=0)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        return _save(figure, path)
+        return drawing.save(figure, path)
 
 
 def draw_all(records: list[dict], output_dir: str | os.PathLike) -> list[Path]:
@@ -292,5 +291,9 @@ def draw_all(records: list[dict], output_dir: str | os.PathLike) -> list[Path]:
     paths = [plot_reward_distributions(records, folder / "reward_distributions")]
     if find_sft(records) is not None and any(record["method"] != "sft" for record in records):
         paths.append(plot_gains(records, folder / "gains"))
+        paths.append(plot_win_rates(records, folder / "win_rates"))
+        paths.append(plot_cost_against_gain(records, folder / "cost_against_gain"))
     paths.append(plot_reward_against_logprob(records, folder / "reward_against_logprob"))
+    if len({threshold_of(record) for record in records if record["method"] == "proxy"}) > 1:
+        paths.append(plot_reward_against_threshold(records, folder / "reward_against_threshold"))
     return paths

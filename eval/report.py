@@ -85,7 +85,25 @@ def delta_over_seeds(
     return float(deltas.mean()), seeds_mean_ci(deltas)
 
 
-def _mean(group: list[dict], *keys: str) -> float | None:
+def win_rate_over_seeds(group: list[dict], sft: dict | None) -> tuple[float, Interval | None] | None:
+    """Win rate against SFT of one method's seeds, ties as half, and its interval; None where there is no pair.
+
+    Args:
+        group: records of one method and variant.
+        sft: the SFT record.
+    """
+    if sft is None or group[0]["method"] == "sft":
+        return None
+    if len(group) == 1:
+        return group[0]["win_rate_vs_sft"], group[0]["win_rate_ci95"]
+    scores = np.stack([win_scores(record["rewards"], sft["rewards"]) for record in group])
+    interval = seeds_mean_ci(scores)
+    if interval is not None:  # Student's t knows no bounds of a rate
+        interval = np.clip(interval, 0, 1).tolist()
+    return float(scores.mean()), interval
+
+
+def mean_over_seeds(group: list[dict], *keys: str) -> float | None:
     """Mean over seeds of a (nested) key; None where a record has none."""
     values = []
     for record in group:
@@ -104,18 +122,6 @@ def with_interval(value: float | None, interval: Interval | None, form: str) -> 
     if value is None or interval is None:
         return _number(value, form)
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def _win_rate(group: list[dict], sft: dict | None) -> str:
-    if sft is None or group[0]["method"] == "sft":
-        return "n/a"
-    if len(group) == 1:
-        return with_interval(group[0]["win_rate_vs_sft"], group[0]["win_rate_ci95"], ".2f")
-    scores = np.stack([win_scores(record["rewards"], sft["rewards"]) for record in group])
-    interval = seeds_mean_ci(scores)
-    if interval is not None:  # Student's t knows no bounds of a rate
-        interval = np.clip(interval, 0, 1).tolist()
-    return with_interval(float(scores.mean()), interval, ".2f")
 
 
 def _trainable(record: dict) -> str:
@@ -143,17 +149,20 @@ def tables(records: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
     gain_rows, cost_rows = [], []
     for name, group in group_records(records).items():
         delta = delta_over_seeds(group, sft) or (None, None)
-        refusals = [_mean(group, "by_kind", kind, "refusal_rate") for kind in kinds] or [_mean(group, "refusal_rate")]
-        speed, speed_sft = _mean(group, "tokens_per_second"), _mean(group, "tokens_per_second_sft")
+        win_rate = win_rate_over_seeds(group, sft) or (None, None)
+        refusals = [mean_over_seeds(group, "by_kind", kind, "refusal_rate") for kind in kinds] or [
+            mean_over_seeds(group, "refusal_rate")
+        ]
+        speed, speed_sft = mean_over_seeds(group, "tokens_per_second"), mean_over_seeds(group, "tokens_per_second_sft")
         gain_rows.append(
             [
                 name,
                 str(len(group)),
-                _number(_mean(group, "reward_mean"), ".2f"),
+                _number(mean_over_seeds(group, "reward_mean"), ".2f"),
                 with_interval(*delta, "+.2f"),
-                _win_rate(group, sft),
+                with_interval(*win_rate, ".2f"),
                 *[_number((delta_over_seeds(group, sft, kind) or (None,))[0], "+.2f") for kind in kinds],
-                _number(_mean(group, "gold_delta_vs_sft"), "+.2f"),
+                _number(mean_over_seeds(group, "gold_delta_vs_sft"), "+.2f"),
             ]
         )
         cost_rows.append(
@@ -161,8 +170,8 @@ def tables(records: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
                 name,
                 _trainable(group[0]),
                 *[_number(rate, ".0%") for rate in refusals],
-                _number(_mean(group, "lm_logprob_per_token"), ".2f"),
-                _number(_mean(group, "lm_forwards_per_token"), ".2f"),
+                _number(mean_over_seeds(group, "lm_logprob_per_token"), ".2f"),
+                _number(mean_over_seeds(group, "lm_forwards_per_token"), ".2f"),
                 _number(speed / speed_sft if speed_sft else None, ".2f"),
             ]
         )

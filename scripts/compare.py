@@ -40,8 +40,9 @@ from baselines import best_of_n, sft
 from baselines.policy import ProxyPolicy
 from baselines.reward_model import load_callable_reward
 from baselines.training import BASELINES, load_trained
-from eval.harness import Run, evaluate_completions, evaluate_policy, prompts_sha256, read_records
-from eval.plots import draw_all, plot_training_curve
+from eval.harness import Run, evaluate_completions, evaluate_policy, prompts_sha256, read_record, read_records
+from eval.plots import draw_all
+from eval.plots_training import plot_training_curve
 from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file
@@ -336,12 +337,12 @@ def existing_record(run: Run, output_dir: str) -> dict | None:
     """The record of this very evaluation, None where there is none.
 
     Raises:
-        ValueError: if there is one with other settings.
+        ValueError: if there is one with other settings, or a damaged one.
     """
     path = run.path(output_dir)
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_record(path)
     keys = ("model", "reward_model", "gold_reward_model", "dataset", "max_new_tokens")
     before = {**{key: record.get(key) for key in keys}, **record.get("settings", {})}
     now = {**{key: run.__dict__[key] for key in keys}, **run.settings}

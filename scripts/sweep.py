@@ -35,7 +35,15 @@ from trl import TrlParser
 
 from baselines.training import BASELINES
 from eval.harness import read_records
-from eval.report import all_kinds, delta_over_seeds, find_sft, kind_title, markdown_table, with_interval
+from eval.report import (
+    all_kinds,
+    delta_over_seeds,
+    find_sft,
+    kind_title,
+    markdown_table,
+    mean_over_seeds,
+    with_interval,
+)
 from trl_proxy.runs import is_finished
 
 HERE = Path(__file__).parent
@@ -193,11 +201,10 @@ def table(args: SweepArguments) -> tuple[list[str], list[list[str]]]:
     for values, group in groups.items():
         row = [*map(str, values), str(len(group)), with_interval(*delta_over_seeds(group, sft), "+.2f")]
         row += [f"{delta_over_seeds(group, sft, kind)[0]:+.2f}" for kind in kinds]
-        for kind in kinds:
-            row.append(f"{sum(record['by_kind'][kind]['refusal_rate'] for record in group) / len(group):.0%}")
-        row.append(f"{sum(record['lm_logprob_per_token'] for record in group) / len(group):.2f}")
-        seconds = [record["train_seconds"] for record in group]
-        row.append("n/a" if None in seconds else f"{sum(seconds) / len(seconds):.0f}")
+        row += [f"{mean_over_seeds(group, 'by_kind', kind, 'refusal_rate'):.0%}" for kind in kinds]
+        row.append(f"{mean_over_seeds(group, 'lm_logprob_per_token'):.2f}")
+        seconds = mean_over_seeds(group, "train_seconds")
+        row.append("n/a" if seconds is None else f"{seconds:.0f}")
         rows.append(row)
     return headers, rows
 

@@ -1,9 +1,12 @@
 """Records made from given rewards, for everything that is drawn from records alone."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
 
+from eval import drawing
 from eval.harness import Record, summarise
 from eval.stats import win_rate
 
@@ -13,16 +16,17 @@ KINDS = ["everyday", "everyday", "harm_adjacent", "harm_adjacent"]
 @pytest.fixture(scope="session")
 def make_record():
     """`make_record(method, rewards, sft=None, variant=None, seed=0, **overrides)`: a record as the harness writes it,
-    four prompts, the first two everyday."""
+    kinds as in `KINDS`, over and over."""
 
     def build(method, rewards, sft=None, variant=None, seed=0, responses=None, **overrides) -> dict:
         responses = responses or [f"answer {i}" for i in range(len(rewards))]
         by_kind = {}
+        kinds = [KINDS[i % len(KINDS)] for i in range(len(rewards))]
         for kind in sorted(set(KINDS)):
-            rows = [i for i, k in enumerate(KINDS) if k == kind]
+            rows = [i for i, k in enumerate(kinds) if k == kind]
             pick = lambda values, rows=rows: [values[i] for i in rows]  # noqa: E731
             baseline = None if sft is None else {"rewards": pick(sft["rewards"]), "gold_rewards": None}
-            by_kind[kind] = {"n_prompts": 2, **summarise(pick(rewards), None, pick(responses), baseline)}
+            by_kind[kind] = {"n_prompts": len(rows), **summarise(pick(rewards), None, pick(responses), baseline)}
         wins = None if sft is None else win_rate(rewards, sft["rewards"])
         fields = {
             "method": method,
@@ -58,9 +62,18 @@ def make_record():
             "command": "python scripts/compare.py",
             "top_4gram_share": None,
             "gold_rewards": None,
-            "kinds": KINDS,
+            "kinds": kinds,
             "prompts": [f"question {i}" for i in range(len(rewards))],
         }
         return asdict(Record(**{**fields, **overrides}))
 
     return build
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures instead of their files: drawing them to pixels is slow and tells a test nothing."""
+    saved = []
+    monkeypatch.setattr(drawing, "save", lambda figure, path: saved.append(figure) or Path(path))
+    yield saved
+    plt.close("all")

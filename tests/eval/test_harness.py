@@ -182,6 +182,31 @@ def test_a_record_without_a_key_is_refused(evaluate, tmp_path):
         read_records(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"method": "sft", "rewards": [1.0, ', r"sft.json is no whole JSON file \(.*\): delete it"),
+        (b"", "sft.json is no whole JSON file"),
+        (b"\xff\xfe{}", "sft.json is no whole JSON file"),
+        (b"[1, 2]", "sft.json is no record but a JSON list"),
+        (b"{}", "sft.json lacks"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path, content, message):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "sft.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_records(tmp_path)
+
+
+def test_a_record_with_a_response_missing_is_refused(evaluate, tmp_path):
+    record = evaluate(SFT)
+    path = tmp_path / "records" / "sft-seed3.json"
+    path.write_text(json.dumps({**record, "responses": record["responses"][:-1]}))
+    with pytest.raises(ValueError, match=r"sft-seed3.json has 3 responses for 4 prompts"):
+        read_records(tmp_path)
+
+
 def test_no_records(tmp_path):
     with pytest.raises(ValueError, match=r"no records under .*run scripts/compare.py first"):
         read_records(tmp_path)

@@ -1,15 +1,13 @@
 """Tests of `eval.plots`: the numbers that are drawn, and that every figure comes as PNG and SVG."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.container import BarContainer, ErrorbarContainer
 
 from eval import plots
-from eval.report import delta_over_seeds
+from eval.report import delta_over_seeds, win_rate_over_seeds
+from eval.stats import mean_ci, rate_ci, seeds_mean_ci
 
 
 @pytest.fixture
@@ -22,15 +20,6 @@ def records(make_record):
         make_record("proxy", [1.0, 2.0, 2.0, 2.0], sft, variant="prefix", seed=0),
         make_record("proxy", [2.0, 3.0, 4.0, 4.0], sft, variant="prefix", seed=1),
     ]
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures instead of their files: drawing them to pixels is slow and tells a test nothing."""
-    saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure) or Path(path))
-    yield saved
-    plt.close("all")
 
 
 def test_gains_draws_deltas_intervals_and_seeds(records, figures):
@@ -89,37 +78,102 @@ def test_reward_against_logprob(records, figures):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["sft", "best_of_n", "proxy (prefix)"]
 
 
-@pytest.fixture
-def trainer_state(tmp_path):
-    history = [{"step": step, "reward": float(step), "loss": 0.0} for step in range(1, 7)]
-    history += [{"step": 3, "eval_reward": 9.0}, {"step": 6, "train_runtime": 1.0}]
-    path = tmp_path / "trainer_state.json"
-    path.write_text(json.dumps({"log_history": history}))
-    return path
+def whiskers(axis) -> list[list[float]]:
+    """Ends of the error bars, vertical or horizontal, in their order."""
+    segments = [
+        segment
+        for container in axis.containers
+        if isinstance(container, ErrorbarContainer)
+        for segment in container.lines[2][0].get_segments()
+    ]
+    return [
+        segment[:, 0].tolist() if segment[0, 1] == segment[1, 1] else segment[:, 1].tolist() for segment in segments
+    ]
 
 
-def test_training_curve(trainer_state, figures):
-    plots.plot_training_curve({"a": (trainer_state, 4.0)}, "curve", smooth=3)
-    raw, mean, evaluations = (line.get_xydata().tolist() for line in figures[0].axes[0].lines)
-    assert raw == [[4.0 * step, step] for step in range(1, 7)]
-    assert mean == pytest.approx(np.array([[12, 2], [16, 3], [20, 4], [24, 5]], dtype=float))
-    assert evaluations == [[12.0, 9.0]]
+def test_win_rates_show_ties_and_intervals(records, figures):
+    plots.plot_win_rates(records, "wins")
+    (axis,) = figures[0].axes
+    bars = [bar for container in axis.containers if isinstance(container, BarContainer) for bar in container.patches]
+    shares = np.array([bar.get_width() for bar in bars]).reshape(3, 3)  # method; won, tied, lost
+    np.testing.assert_allclose(shares, [[2, 2, 0], [2, 2, 0], [6 / 2, 1 / 2, 1 / 2]] / np.array(4.0))
+    assert [bar.get_x() for bar in bars] == pytest.approx([0, 0.5, 1, 0, 0.5, 1, 0, 0.75, 0.875])
+    dots = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    assert dots == [0.75, 0.75, 0.8125]
+    expected = [rate_ci(3, 4), rate_ci(3, 4), win_rate_over_seeds(records[3:], records[0])[1]]
+    np.testing.assert_allclose(whiskers(axis), expected, atol=1e-9)
+    assert [text.get_text() for text in axis.texts] == ["0.75", "0.75", "0.81"]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == [
+        "best_of_n (n=2)",
+        "best_of_n (n=4)",
+        "proxy (prefix)",
+    ]
 
 
-def test_training_curve_without_rewards(tmp_path, figures):
-    path = tmp_path / "trainer_state.json"
-    path.write_text(json.dumps({"log_history": [{"step": 1, "loss": 0.5}]}))
-    with pytest.raises(ValueError, match="logs no 'reward'"):
-        plots.plot_training_curve({"a": (path, 1.0)}, "curve")
+@pytest.mark.parametrize("plot", [plots.plot_win_rates, plots.plot_cost_against_gain])
+def test_what_is_measured_against_sft_needs_it(records, plot):
+    with pytest.raises(ValueError, match="need an SFT record and another method's"):
+        plot(records[1:], "figure")
+
+
+def test_cost_against_gain(records, figures):
+    costs = {"sft": (1.0, None), "best_of_n": (2.0, None), "proxy": (1.5, 120.0)}
+    for record in records:
+        record["lm_forwards_per_token"], record["train_seconds"] = costs[record["method"]]
+    records[2]["lm_forwards_per_token"] = 4.0
+    plots.plot_cost_against_gain(records, "cost")
+    points = [[c.lines[0].get_xydata()[0].tolist() for c in axis.containers] for axis in figures[0].axes]
+    assert points[0] == [[2.0, 0.25], [4.0, 0.75], [1.5, 1.0]]
+    assert points[1] == [[0.0, 0.25], [0.0, 0.75], [2.0, 1.0]]  # minutes; best-of-n is not trained
+    intervals = [delta_over_seeds(group, records[0])[1] for group in ([records[1]], [records[2]], records[3:])]
+    np.testing.assert_allclose(whiskers(figures[0].axes[0]), intervals, atol=1e-9)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["best_of_n", "proxy (prefix)"]
+
+
+def test_a_cost_that_was_not_measured_is_left_out(records, figures):
+    plots.plot_cost_against_gain(records, "cost")  # no proxy's record has train_seconds
+    assert [len(axis.containers) for axis in figures[0].axes] == [3, 2]
+
+
+def test_reward_against_threshold(make_record, records, figures):
+    sft = records[0]
+    others = [
+        make_record("proxy", [2.0, 2.0, 3.0, 4.0], sft, variant="prefix, threshold=-1.5", seed=0),
+        make_record("proxy", [5.0, 6.0, 6.0, 8.0], sft, variant="prefix", seed=2, settings={"threshold": 2.0}),
+        make_record("proxy", [0.0, 0.0, 1.0, 2.0], sft, variant="candidate, threshold=1", seed=0),
+    ]
+    plots.plot_reward_against_threshold([*records, *others], "threshold")
+    (axis,) = figures[0].axes
+    lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axis.containers}
+    assert lines == {
+        "proxy (prefix)": [[-1.5, 2.75], [0.0, 2.5], [2.0, 6.25]],
+        "proxy (candidate)": [[1.0, 0.75]],
+    }
+    # the candidate's line, by name, comes first
+    middle = seeds_mean_ci([record["rewards"] for record in records[3:]])
+    expected = [mean_ci([0, 0, 1, 2]), mean_ci([2, 2, 3, 4]), middle, mean_ci([5, 6, 6, 8])]
+    np.testing.assert_allclose(whiskers(axis), expected, atol=1e-9)
+    assert [line.get_ydata()[0] for line in axis.lines if line.get_label() == "sft"] == [1.5]
+
+
+def test_one_threshold_is_no_line(records):
+    with pytest.raises(ValueError, match="one threshold only"):
+        plots.plot_reward_against_threshold(records, "threshold")
 
 
 def test_draw_all_writes_png_and_svg(records, tmp_path):
     paths = plots.draw_all(records, tmp_path)
-    assert [path.name for path in paths] == ["reward_distributions.png", "gains.png", "reward_against_logprob.png"]
+    names = ["reward_distributions", "gains", "win_rates", "cost_against_gain", "reward_against_logprob"]
+    assert [path.name for path in paths] == [f"{name}.png" for name in names]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in path.with_suffix(".svg").read_text()
     assert not plt.get_fignums()  # all closed
+
+
+def test_draw_all_finds_thresholds(records, make_record, tmp_path, figures):
+    other = make_record("proxy", [0.0] * 4, records[0], variant="prefix, threshold=1.0")
+    assert plots.draw_all([*records, other], tmp_path)[-1].name == "reward_against_threshold"
 
 
 def test_draw_all_of_sft_alone(records, tmp_path, figures):

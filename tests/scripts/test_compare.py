@@ -139,7 +139,8 @@ def test_a_whole_comparison(run, tmp_path, capsys):
     assert len({record["tokens_per_second_sft"] for record in records.values()}) == 1
 
     plots = {path.name for path in (tmp_path / "plots").glob("*.png")}
-    assert plots == {"reward_distributions.png", "gains.png", "reward_against_logprob.png", "training_curve.png"}
+    names = ["reward_distributions", "gains", "win_rates", "cost_against_gain", "reward_against_logprob"]
+    assert plots == {f"{name}.png" for name in [*names, "training_curve"]}
     for name in plots:
         assert f"(plots/{name})" in (tmp_path / "report.md").read_text()
     assert "proxy (prefix, p_t=0.02)" in (tmp_path / "samples.md").read_text()
@@ -311,3 +312,10 @@ def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
     proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
     assert (proxy.seed, proxy.episodes, proxy.trainer_state) == (9, None, None)
     assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
+
+
+def test_half_a_record_is_named_before_a_model_is_loaded(run, no_model, tmp_path):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "sft-seed0.json").write_text('{"method": "sft", "rew')
+    with pytest.raises(ValueError, match=r"sft-seed0.json is no whole JSON file .*: delete it and evaluate again"):
+        run()

@@ -1,0 +1,239 @@
+"""The comparison as one HTML page that needs nothing else: no network, no other file, no server.
+
+Everything that a model or a person wrote reaches the page as text: jinja2 escapes the tables, the responses are JSON
+whose `<`, `>` and `&` are escaped, and the script puts them on the page as text nodes only. A content security policy
+with the hashes of the page's own style and script lets nothing else run or load.
+"""
+
+import base64
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from eval.refusals import is_refusal
+from eval.report import NOTES, find_sft, group_records, kind_title, label, mean_over_seeds, tables
+from eval.stats import paired_delta
+from trl_proxy.defaults import EMBEDDED
+
+TEMPLATE = Path(__file__).parent / "page_template"
+REWARD_NOTE = "a 22M encoder, see trl_proxy/data/reward/README.md"
+# What decides a training, of the two hundred settings in run.json; the page has the others folded away.
+HYPERPARAMETERS = (
+    *("p_t", "p_t_mode", "max_candidates", "temperature", "proposal", "features", "pooled_features"),
+    *("gate_hidden_sizes", "threshold", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations"),
+    *("num_iterations", "max_completion_length", "gamma", "gae_lambda", "epsilon", "cliprange_value", "vf_coef"),
+    *("entropy_coef", "beta", "max_grad_norm", "weight_decay", "lora_r", "lora_alpha", "dtype", "seed"),
+)
+COLUMNS = {
+    "method": "How the response was made; in brackets what differs between variants. sft is the LM itself, greedy.",
+    "seeds": "Training seeds whose records are averaged.",
+    "reward": "Mean reward of the responses, larger is better.",
+    "Δ vs SFT": "Mean gain in reward over SFT on the same prompts, with its 95 % interval.",
+    "win rate": "Share of prompts with a larger reward than SFT's, a tie as half, with its 95 % interval.",
+    "gold Δ": "The gain by a reward that no method trains on.",
+    "trainable": "Parameters that training changes, and their share of all.",
+    "LM log-prob": "Log-probability of a response token under the frozen LM, in nats: 0 would be certain.",
+    "LM forwards": "Forward passes of the LM per response token.",
+    "speed": "Tokens per second over SFT's in the same run.",
+}
+CAPTIONS = {
+    "reward_distributions": "How the rewards of each method spread over the prompts.",
+    "gains": "Gain in reward over SFT on the same prompts, for all of them and for each kind.",
+    "win_rates": "How often each method's reward is above SFT's, equal to it, or below.",
+    "cost_against_gain": "Gain over SFT against what it costs when answering and in training; up and left is better.",
+    "reward_against_logprob": "Reward against how likely the responses are under the LM; best-of-n is joined by n.",
+    "reward_against_threshold": "Reward of a proxy when its threshold is moved at inference, without training.",
+    "training_curve": "Reward while training.",
+    "over_optimisation": "Training reward and a reward that is not trained on, while training.",
+}
+PARAMETER_COLUMNS = {
+    "trainable": ("trainable_parameters", ",.0f", "Parameters that training changes."),
+    "total": ("total_parameters", ",.0f", "Parameters of the LM and what is added to it."),
+    "file, MB": ("adapter_bytes", ".1f", "Size of what is saved beside the LM."),
+    "episodes": ("episodes", ",.0f", "Responses that were sampled and scored in training."),
+    "training, s": ("train_seconds", ",.0f", "Seconds of training."),
+    "peak memory, MB": ("train_peak_memory_mb", ",.0f", "Largest memory of training, all processes together."),
+    "tokens": ("response_tokens_mean", ".1f", "Mean length of a response in tokens."),
+    "rejected": ("reject_rate", ".0%", "Share of the gate's decisions that reject a proposal."),
+    "accepted rank": ("accepted_rank_mean", ".2f", "Mean rank of the accepted proposal; 0 is the LM's first choice."),
+    "KL to LM": (
+        "kl_to_lm",
+        ".2f",
+        "Divergence of the method's next-token distribution from the LM's, nats per token.",
+    ),
+}
+
+
+def explain(header: str) -> str:
+    """What a column of the summary tables says, in one line."""
+    for prefix, text in (
+        ("Δ ", "Mean gain in reward over SFT on {} prompts."),
+        ("refusals ", "Share of {} prompts that were refused, by a list of phrases."),
+    ):
+        if header.startswith(prefix) and header not in COLUMNS:
+            return text.format(header.removeprefix(prefix))
+    return COLUMNS[header]
+
+
+def parameter_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Headers and text cells, a row per method: sizes, training, and what decoding did; means over seeds."""
+    rows = []
+    for name, group in group_records(records).items():
+        row = [name]
+        for key, form, _ in PARAMETER_COLUMNS.values():
+            value = mean_over_seeds(group, key)
+            if key == "adapter_bytes" and value is not None:
+                value /= 1e6
+            row.append("n/a" if value is None else format(value, form))
+        rows.append(row)
+    return ["method", *PARAMETER_COLUMNS], rows
+
+
+def _cell(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def settings_table(columns: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Headers and text cells, a row per setting and a column per method or run; empty where it has none.
+
+    Args:
+        columns: name of the column -> its settings.
+    """
+    keys = dict.fromkeys(key for settings in columns.values() for key in settings)
+    rows = [[key, *(_cell(s[key]) if s.get(key) is not None else "" for s in columns.values())] for key in keys]
+    return ["setting", *columns], [row for row in rows if any(row[1:])]
+
+
+def difference(response: str, reference: str) -> list[str]:
+    """The response in parts, in turn as in the reference and not as there.
+
+    Words are compared, white space is not; it stands outside of what differs. Joined, the parts are the response; the
+    first may be empty.
+    """
+    pieces = re.findall(r"(\s*)(\S+)", response)
+    words = [word for _, word in pieces]
+    same = [False] * len(words)
+    # Without autojunk: it takes frequent words of long texts for noise.
+    for start, _, size in difflib.SequenceMatcher(
+        None, words, reference.split(), autojunk=False
+    ).get_matching_blocks():
+        same[start : start + size] = [True] * size
+    parts = [""]
+    for (space, word), kept in zip(pieces, same, strict=True):
+        differs = len(parts) % 2 == 0
+        if kept and differs:
+            parts.append(space + word)
+        elif not kept and not differs:
+            parts[-1] += space
+            parts.append(word)
+        else:
+            parts[-1] += space + word
+    parts[-1] += response[sum(len(space) + len(word) for space, word in pieces) :]
+    return parts
+
+
+def browser_data(records: list[dict]) -> dict:
+    """What the browser of responses shows, ready for JSON: prompts, kinds, and a column per method and seed.
+
+    The first seed of each method is `shown` until the reader asks for others.
+    """
+    groups, sft = group_records(records), find_sft(records)
+    first = next(iter(groups.values()))[0]
+    several = any(len(group) > 1 for group in groups.values())
+    columns = []
+    for name, group in groups.items():
+        for record in group:
+            gains = None if sft is None else paired_delta(record["rewards"], sft["rewards"])
+            others = record["responses"] if sft is None else sft["responses"]
+            columns.append(
+                {
+                    "name": f"{name}, seed {record['seed']}" if several else name,
+                    "shown": record is group[0],
+                    "sft": record["method"] == "sft",
+                    "rewards": np.round(record["rewards"], 4).tolist(),
+                    "gains": None if gains is None or record["method"] == "sft" else np.round(gains, 4).tolist(),
+                    "gold": None if record["gold_rewards"] is None else np.round(record["gold_rewards"], 4).tolist(),
+                    "refused": list(map(is_refusal, record["responses"])),
+                    "responses": [difference(a, b) for a, b in zip(record["responses"], others, strict=True)],
+                }
+            )
+    kinds = None if first["kinds"] is None else list(map(kind_title, first["kinds"]))
+    return {"prompts": first["prompts"], "kinds": kinds, "columns": columns}
+
+
+def _full_name(name: str | None, embedded: str) -> str:
+    """The name, and what the project's own default is, since `embedded` tells a reader nothing."""
+    if name is None:
+        return "none"
+    return f"{name} ({embedded})" if name.split(":")[0] == EMBEDDED else name
+
+
+def _csp_hash(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+def render_page(records: list[dict], figures: list[Path], runs: dict[str, dict] | None = None) -> str:
+    """The page.
+
+    Args:
+        records: of one comparison, as [`eval.harness.read_records`] gives them.
+        figures: PNG files, in their order on the page.
+        runs: name of a training -> its settings, from run.json and proxy_config.json.
+
+    Returns:
+        HTML, complete in itself.
+
+    Raises:
+        ValueError: if the records are not of the same prompts, LM, reward and length.
+    """
+    groups, runs = group_records(records), runs or {}
+    record = next(iter(groups.values()))[0]
+    style, script = ((TEMPLATE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    evaluation = {f"{label(r)}, seed {r['seed']}": r["settings"] for group in groups.values() for r in group}
+    chosen = {
+        name: {key: settings[key] for key in HYPERPARAMETERS if key in settings} for name, settings in runs.items()
+    }
+    return environment.get_template("page.html").render(
+        record=record,
+        model=_full_name(record["model"], "SmolLM2-135M-Instruct"),
+        reward=_full_name(record["reward_model"], REWARD_NOTE),
+        gold_reward=_full_name(record["gold_reward_model"], REWARD_NOTE),
+        methods=list(groups),
+        summary=[(headers, rows, [(h, explain(h)) for h in headers]) for headers, rows in tables(records)],
+        notes=NOTES,
+        parameters=(
+            *parameter_table(records),
+            [(name, text) for name, (_, _, text) in PARAMETER_COLUMNS.items()],
+        ),
+        hyperparameters=settings_table(chosen),
+        all_settings=settings_table(runs),
+        evaluation=settings_table(evaluation),
+        figures=[
+            (CAPTIONS.get(path.stem, path.stem.replace("_", " ")), base64.b64encode(path.read_bytes()).decode("ascii"))
+            for path in figures
+        ],
+        provenance=[
+            (title, sorted({str(r[key] or "unknown") for r in records}))
+            for title, key in (("command", "command"), ("git commit", "git_commit"), ("started at", "started_at"))
+        ],
+        versions=sorted({", ".join(f"{name} {version}" for name, version in r["versions"].items()) for r in records}),
+        has_proxy=any(r["method"] == "proxy" for r in records),
+        has_sft=find_sft(records) is not None,
+        data=browser_data(records),
+        style=style,
+        script=script,
+        policy=(
+            "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+            f"style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
+            "require-trusted-types-for 'script'; trusted-types 'none'"
+        ),
+    )

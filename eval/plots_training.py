@@ -1,0 +1,250 @@
+"""Figures of training and of sweeps, drawn from TRL's log histories (`trainer_state.json`) and from the records."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from eval import drawing
+from eval.harness import read_records
+from eval.report import find_sft, group_records
+from trl_proxy.config import CONFIG_NAME
+from trl_proxy.runs import RUN_FILE
+
+Run = tuple[str | os.PathLike, float]  # a trainer_state.json, and the episodes that one optimizer step stands for
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object in a file; `ValueError` naming the file where there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): let the training finish, or leave its folder out."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: let the training finish, or leave its folder out.")
+    return content
+
+
+def training_log(folder: str | os.PathLike) -> Run:
+    """The log history of a finished run of scripts/train_proxy.py or scripts/train_baseline.py, as the plots take it.
+
+    Raises:
+        ValueError: if the run is not finished, or a file of it is damaged.
+    """
+    results = read_json(Path(folder, "train_results.json"))
+    return Path(folder, "trainer_state.json"), results["episodes"] / results["steps"]
+
+
+def training_points(trainer_state: str | os.PathLike, episodes_per_step: float, key: str) -> np.ndarray:
+    """(episodes, value) of every log entry of a `trainer_state.json` that has `key`, shape (entries, 2)."""
+    history = read_json(trainer_state)["log_history"]
+    return np.array([[entry["step"] * episodes_per_step, entry[key]] for entry in history if key in entry]).reshape(
+        -1, 2
+    )
+
+
+def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
+    """Mean over the last `smooth` log entries, none in the future, and half of its 95 % interval.
+
+    The interval comes from the spread of the entries in the window (normal approximation), so it holds the noise of
+    the batches, and a little too much where the reward rises fast.
+
+    Args:
+        points: (episodes, value), shape (entries, 2).
+        smooth: entries in the window, at most all of them.
+
+    Returns:
+        (episodes, mean, half width), shape (entries - smooth + 1, 3); NaN for the half width of a window of one.
+    """
+    n = min(smooth, len(points))
+    windows = np.lib.stride_tricks.sliding_window_view(points[:, 1], n)
+    half = 1.96 * windows.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(windows), np.nan)
+    return np.stack([points[n - 1 :, 0], windows.mean(axis=1), half], axis=1)
+
+
+def _logged(run: Run, key: str) -> np.ndarray:
+    """The points of `key`; `ValueError` where the log has none."""
+    points = training_points(*run, key)
+    if len(points) == 0:
+        raise ValueError(f"{run[0]} logs no {key!r}: train with it, and logging_steps below the number of steps.")
+    return points
+
+
+def plot_training_curve(runs: dict[str, Run], path: str | os.PathLike, *, smooth: int = 5) -> Path:
+    """Reward against training episodes: rollouts faint, their running mean as a line, evaluations as markers.
+
+    Args:
+        runs: name of the run -> its `trainer_state.json`, as TRL's trainer writes it, and the episodes that one
+            optimizer step stands for.
+        smooth: log entries in the running mean.
+
+    Raises:
+        ValueError: if a log has no reward.
+    """
+    with plt.rc_context(drawing.RC):
+        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        for i, (name, run) in enumerate(runs.items()):
+            color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
+            train, evaluations = _logged(run, "reward"), training_points(*run, "eval_reward")
+            mean = running_mean(train, smooth)
+            axis.plot(*train.T, color=color, alpha=0.3, linewidth=0.8)
+            axis.plot(*mean[:, :2].T, color=color, linestyle=line, linewidth=1.8, label=f"{name}, rollouts")
+            if len(evaluations):
+                look = {"color": color, "markersize": 7, "markeredgecolor": "white"}
+                label = f"{name}, held-out prompts"
+                axis.plot(*evaluations.T, drawing.MARKERS[i % 7], label=label, **look)
+        axis.set_xlabel("training episodes")
+        axis.set_ylabel("mean reward")
+        axis.legend(handlelength=3)
+        return drawing.save(figure, path)
+
+
+def plot_over_optimisation(runs: dict[str, Run], gold: str, path: str | os.PathLike, *, smooth: int = 5) -> Path:
+    """The training reward above, the gold reward below, against training episodes; bands are 95 % intervals of the
+    running mean. A dotted line marks where a run's gold reward was highest: what the training reward gains after it
+    is over-optimisation (Gao et al. 2023, arXiv 2210.10760).
+
+    Args:
+        runs: as `plot_training_curve`.
+        gold: name under which the log has the reward that is not trained on, i.e. `rewards/<gold>/mean`: a reward
+            function whose weight in `reward_weights` is 0.
+        smooth: log entries in the running mean.
+
+    Raises:
+        ValueError: if a log has no reward, or not that gold reward.
+    """
+    titles = {"reward": "training reward", f"rewards/{gold}/mean": f"gold reward: {gold}"}
+    with plt.rc_context(drawing.RC):
+        figure, axes = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
+        for i, (name, run) in enumerate(runs.items()):
+            color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
+            for axis, key in zip(axes, titles, strict=True):
+                episodes, mean, half = running_mean(_logged(run, key), smooth).T
+                axis.plot(episodes, mean, color=color, linestyle=line, linewidth=1.8, label=name)
+                axis.fill_between(episodes, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+            for axis in axes:  # the gold reward came last
+                axis.axvline(episodes[mean.argmax()], color=color, linestyle=":", linewidth=1.2)
+        for axis, label in zip(axes, titles.values(), strict=True):
+            axis.set_ylabel(label)
+        axes[1].set_xlabel("training episodes; band: 95 % interval; dotted: where the gold reward was highest")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", handlelength=3)
+        return drawing.save(figure, path)
+
+
+class Cell(NamedTuple):
+    """One run of a sweep: the value that was swept, the records of its comparison, and its training log."""
+
+    value: float
+    records: list[dict]
+    log: Run
+
+
+def read_sweep(folder: str | os.PathLike, key: str) -> list[Cell]:
+    """The runs of a sweep, by value and folder.
+
+    Args:
+        folder: every folder in it is the output folder of scripts/train_proxy.py, with the `records` of
+            scripts/compare.py in it; several of one value are its seeds.
+        key: what was swept, as proxy_config.json or run.json names it, e.g. `p_t`.
+
+    Raises:
+        ValueError: if there is no run, one is not finished or lacks the key, or the records are not comparable.
+    """
+    cells = []
+    for config in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")):
+        run_file = config.with_name(RUN_FILE)
+        settings = {**(read_json(run_file) if run_file.is_file() else {}), **read_json(config)}
+        if not isinstance(settings.get(key), int | float):
+            raise ValueError(f"{config} has no number for {key!r}: name what was swept, such as p_t or temperature.")
+        records = read_records(config.parent)
+        if sum(record["method"] == "proxy" for record in records) != 1:
+            raise ValueError(
+                f"{config.parent / 'records'} must hold one proxy's record: compare every run on its own."
+            )
+        cells.append(Cell(settings[key], records, training_log(config.parent)))
+    if not cells:
+        raise ValueError(f"no trained proxy in a folder of {folder}: give each run of the sweep one of its own.")
+    group_records([record for cell in cells for record in cell.records])  # refuses other prompts or LMs
+    return sorted(cells, key=lambda cell: cell.value)
+
+
+def _sweep_rewards(cells: list[Cell]) -> dict[float, np.ndarray]:
+    """Value -> the proxies' rewards, shape (seeds, n)."""
+    rewards: dict[float, list] = {}
+    for cell in cells:
+        rewards.setdefault(cell.value, []).extend(r["rewards"] for r in cell.records if r["method"] == "proxy")
+    return {value: np.array(rows) for value, rows in rewards.items()}
+
+
+def plot_sweep_scores(cells: list[Cell], key: str, path: str | os.PathLike) -> Path:
+    """Mean test reward per swept value with its 95 % interval, seeds as dots, SFT's mean as a dashed line (figures 3a
+    and 3b of arXiv 2403.04283). The values stand at equal distances, whatever their scale."""
+    rewards, sft = _sweep_rewards(cells), find_sft(cells[0].records)
+    with plt.rc_context(drawing.RC):
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        drawing.draw_means(
+            axis, range(len(rewards)), list(rewards.values()), color=drawing.COLORS[1], marker="o", label="proxy"
+        )
+        for x, values in enumerate(rewards.values()):
+            if len(values) > 1:  # beside the whisker
+                look = {"color": "white", "markeredgecolor": "black", "markersize": 4}
+                axis.plot([x + 0.08] * len(values), values.mean(axis=1), "o", **look)
+        if sft is not None:
+            axis.axhline(sft["reward_mean"], color="black", linestyle="--", linewidth=1, label="sft")
+        axis.set_xticks(range(len(rewards)), [f"{value:g}" for value in rewards])
+        axis.margins(x=0.1)
+        axis.set_xlabel(key)
+        axis.set_ylabel("mean test reward, 95 % interval")
+        axis.set_title(drawing.title(cells[0].records), loc="left", size=9)
+        axis.legend()
+        return drawing.save(figure, path)
+
+
+def plot_sweep_curves(cells: list[Cell], key: str, path: str | os.PathLike, *, smooth: int = 5) -> Path:
+    """Training reward against episodes, a line per run and a colour per value; bands are 95 % intervals of the running
+    mean.
+
+    Raises:
+        ValueError: if a log has no reward.
+    """
+    values = list(dict.fromkeys(cell.value for cell in cells))
+    with plt.rc_context(drawing.RC):
+        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        labelled = set()
+        for cell in cells:
+            i = values.index(cell.value)
+            color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
+            episodes, mean, half = running_mean(_logged(cell.log, "reward"), smooth).T
+            label = None if cell.value in labelled else f"{key} = {cell.value:g}"
+            labelled.add(cell.value)
+            axis.plot(episodes, mean, color=color, linestyle=line, linewidth=1.6, label=label)
+            axis.fill_between(episodes, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+        axis.set_xlabel("training episodes; band: 95 % interval of the running mean")
+        axis.set_ylabel("mean reward of the rollouts")
+        axis.legend(handlelength=3)
+        return drawing.save(figure, path)
+
+
+def plot_sweep_distributions(cells: list[Cell], key: str, path: str | os.PathLike) -> Path:
+    """A row per swept value: density of the test rewards, their mean and its 95 % interval; SFT's density dashed."""
+    sft = find_sft(cells[0].records)
+    rewards = {} if sft is None else {"sft": np.array([sft["rewards"]])}
+    rewards |= {f"{key} = {value:g}": rows for value, rows in _sweep_rewards(cells).items()}
+    colors = {name: drawing.COLORS[(i + (sft is None)) % 7] for i, name in enumerate(rewards)}
+    title = drawing.title(cells[0].records)
+    return drawing.draw_distributions(rewards, colors, path, title=title, dashed=None if sft is None else "sft")
+
+
+def draw_sweep(cells: list[Cell], key: str, output_dir: str | os.PathLike) -> list[Path]:
+    """The three figures of a sweep, under `<output_dir>/plots`; returns the PNGs."""
+    folder = Path(output_dir) / "plots"
+    return [
+        plot_sweep_scores(cells, key, folder / f"sweep_{key}_scores"),
+        plot_sweep_curves(cells, key, folder / f"sweep_{key}_curves"),
+        plot_sweep_distributions(cells, key, folder / f"sweep_{key}_distributions"),
+    ]

@@ -1,0 +1,155 @@
+"""Tests of `eval.plots_training`: the numbers that are drawn, from logs and records that are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval import plots_training
+from eval.stats import mean_ci, seeds_mean_ci
+
+
+@pytest.fixture
+def trainer_state(tmp_path):
+    history = [{"step": step, "reward": float(step), "loss": 0.0} for step in range(1, 7)]
+    history += [{"step": 3, "eval_reward": 9.0}, {"step": 6, "train_runtime": 1.0}]
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"log_history": history}))
+    return path
+
+
+def test_training_curve(trainer_state, figures):
+    plots_training.plot_training_curve({"a": (trainer_state, 4.0)}, "curve", smooth=3)
+    raw, mean, evaluations = (line.get_xydata().tolist() for line in figures[0].axes[0].lines)
+    assert raw == [[4.0 * step, step] for step in range(1, 7)]
+    assert mean == pytest.approx(np.array([[12, 2], [16, 3], [20, 4], [24, 5]], dtype=float))
+    assert evaluations == [[12.0, 9.0]]
+
+
+def test_training_curve_without_rewards(tmp_path, figures):
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"log_history": [{"step": 1, "loss": 0.5}]}))
+    with pytest.raises(ValueError, match="logs no 'reward'"):
+        plots_training.plot_training_curve({"a": (path, 1.0)}, "curve")
+
+
+def test_running_mean():
+    points = np.array([[1, 1.0], [2, 3.0], [3, 8.0]])
+    episodes, mean, half = plots_training.running_mean(points, 2).T
+    assert episodes.tolist() == [2, 3]
+    assert mean.tolist() == [2.0, 5.5]
+    np.testing.assert_allclose(half, 1.96 * np.array([np.std([1, 3], ddof=1), np.std([3, 8], ddof=1)]) / np.sqrt(2))
+    assert plots_training.running_mean(points, 9)[:, 1].tolist() == [4.0]  # no more entries than there are
+    assert np.isnan(plots_training.running_mean(points, 1)[:, 2]).all()
+
+
+def test_over_optimisation(tmp_path, figures):
+    gold = [0.0, 1.0, 3.0, 2.0, 1.0, 0.0]
+    history = [{"step": i + 1, "reward": float(i), "rewards/gold/mean": gold[i]} for i in range(6)]
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": history}))
+    plots_training.plot_over_optimisation({"a": (state, 10.0)}, "gold", "over", smooth=2)
+    above, below = figures[0].axes
+    assert above.lines[0].get_xydata().tolist() == [[20, 0.5], [30, 1.5], [40, 2.5], [50, 3.5], [60, 4.5]]
+    assert below.lines[0].get_ydata().tolist() == [0.5, 2.0, 2.5, 1.5, 0.5]
+    assert [axis.lines[1].get_xdata() for axis in (above, below)] == [[40, 40]] * 2  # where gold was highest
+    band = below.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(2.0 + 1.96 * np.std([1, 3], ddof=1) / np.sqrt(2))
+    assert (above.get_ylabel(), below.get_ylabel()) == ("training reward", "gold reward: gold")
+
+
+def test_over_optimisation_needs_the_gold_reward(trainer_state, figures):
+    with pytest.raises(ValueError, match=r"logs no 'rewards/gold/mean'"):
+        plots_training.plot_over_optimisation({"a": (trainer_state, 1.0)}, "gold", "over")
+
+
+@pytest.fixture
+def sweep(tmp_path, make_record):
+    """Two values, the larger one with two seeds; each run with its records and its log."""
+    sft = make_record("sft", [0.0, 1.0, 2.0, 3.0])
+    for name, p_t, seed, rewards in (
+        ("a", 0.1, 0, [1.0, 2.0, 2.0, 3.0]),
+        ("b", 0.1, 1, [3.0, 4.0, 4.0, 5.0]),
+        ("c", 0.01, 0, [1.0, 1.0, 1.0, 2.0]),
+    ):
+        folder = tmp_path / name
+        (folder / "records").mkdir(parents=True)
+        proxy = make_record("proxy", rewards, sft, variant=f"prefix, p_t={p_t}", seed=seed)
+        (folder / "records" / "proxy.json").write_text(json.dumps(proxy))
+        (folder / "records" / "sft.json").write_text(json.dumps(sft))
+        (folder / "proxy_config.json").write_text(json.dumps({"p_t": p_t}))
+        (folder / "train_results.json").write_text(json.dumps({"episodes": 16, "steps": 4}))
+        history = [{"step": step, "reward": 10 * p_t * step + seed} for step in (1, 2, 3, 4)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return tmp_path
+
+
+def test_sweep_cells(sweep):
+    cells = plots_training.read_sweep(sweep, "p_t")
+    assert [cell.value for cell in cells] == [0.01, 0.1, 0.1]
+    assert cells[0].log == (sweep / "c" / "trainer_state.json", 4.0)
+    assert [len(cell.records) for cell in cells] == [2, 2, 2]
+
+
+def test_sweep_scores(sweep, figures):
+    plots_training.plot_sweep_scores(plots_training.read_sweep(sweep, "p_t"), "p_t", "scores")
+    (axis,) = figures[0].axes
+    (container,) = axis.containers
+    assert container.lines[0].get_xydata().tolist() == [[0, 1.25], [1, 3.0]]
+    ends = [segment[:, 1].tolist() for segment in container.lines[2][0].get_segments()]
+    expected = [mean_ci([1, 1, 1, 2]), seeds_mean_ci([[1, 2, 2, 3], [3, 4, 4, 5]])]
+    np.testing.assert_allclose(ends, expected, atol=1e-9)
+    dots = [line.get_ydata().tolist() for line in axis.lines if line.get_color() == "white"]
+    assert dots == [[2.0, 4.0]]
+    assert [line.get_ydata()[0] for line in axis.lines if line.get_label() == "sft"] == [1.5]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0.01", "0.1"]
+
+
+def test_sweep_curves(sweep, figures):
+    plots_training.plot_sweep_curves(plots_training.read_sweep(sweep, "p_t"), "p_t", "curves", smooth=2)
+    (axis,) = figures[0].axes
+    drawn = [line.get_xydata() for line in axis.lines]
+    np.testing.assert_allclose(drawn[0], [[8, 0.15], [12, 0.25], [16, 0.35]])
+    np.testing.assert_allclose(drawn[2], [[8, 2.5], [12, 3.5], [16, 4.5]])
+    assert len({line.get_color() for line in axis.lines}) == len({line.get_linestyle() for line in axis.lines}) == 2
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["p_t = 0.01", "p_t = 0.1"]
+
+
+def test_sweep_distributions(sweep, figures):
+    plots_training.plot_sweep_distributions(plots_training.read_sweep(sweep, "p_t"), "p_t", "distributions")
+    texts = [[text.get_text() for text in axis.texts] for axis in figures[0].axes]
+    assert [row[1] for row in texts] == ["sft", "p_t = 0.01", "p_t = 0.1"]
+    assert [row[0].split(" ")[0] for row in texts] == ["1.50", "1.25", "3.00"]
+
+
+def _write(path, content):
+    path.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "a" / "train_results.json").unlink(), "train_results.json cannot be read .*let the training"),
+        (lambda f: _write(f / "a" / "proxy_config.json", '{"p_t": 0.'), "proxy_config.json cannot be read"),
+        (lambda f: _write(f / "a" / "proxy_config.json", "[]"), "proxy_config.json holds no JSON object"),
+        (lambda f: _write(f / "a" / "proxy_config.json", '{"p_t": "x"}'), "has no number for 'p_t'"),
+        (lambda f: (f / "a" / "records" / "proxy.json").unlink(), "must hold one proxy's record"),
+        (lambda f: _write(f / "a" / "records" / "sft.json", '{"method": "s'), "sft.json is no whole JSON file"),
+    ],
+)
+def test_a_damaged_sweep_is_refused(sweep, damage, message):
+    damage(sweep)
+    with pytest.raises(ValueError, match=message):
+        plots_training.read_sweep(sweep, "p_t")
+
+
+def test_a_folder_without_runs_is_no_sweep(tmp_path):
+    with pytest.raises(ValueError, match="no trained proxy in a folder of"):
+        plots_training.read_sweep(tmp_path, "p_t")
+
+
+def test_a_sweep_over_other_prompts_is_refused(sweep):
+    path = sweep / "b" / "records" / "proxy.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prompts_sha256": "f" * 64}))
+    with pytest.raises(ValueError, match="the records differ in prompts_sha256"):
+        plots_training.read_sweep(sweep, "p_t")
