@@ -121,13 +121,18 @@ def read_records(output_dir: str | os.PathLike) -> list[dict]:
     """All records under an output folder, by file name.
 
     Raises:
-        ValueError: if there are none, or one lacks a key of the contract.
+        ValueError: if there are none, or one is no JSON or lacks a key of the contract.
     """
     paths = sorted((Path(output_dir) / "records").glob("*.json"))
     if not paths:
         raise ValueError(f"no records under {Path(output_dir) / 'records'}: run scripts/compare.py first.")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for path, record in zip(paths, records, strict=True):
+    records = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSON's and UTF-8's
+            raise ValueError(f"{path} is no JSON ({error}): write it again with --overwrite.") from None
+        records.append(record)
         if missing := Record.__dataclass_fields__.keys() - record.keys():
             raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
     return records
