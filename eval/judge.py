@@ -181,10 +181,14 @@ class LocalJudge(PairwiseJudge):
     def __init__(self, lm, tokenizer, name: str, template: Template | None = None, *, batch_size: int = 8):
         super().__init__(name, template)
         self.lm, self.tokenizer, self.batch_size = lm, tokenizer, batch_size
-        encoded = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
-        if any(len(ids) != 1 for ids in encoded) or encoded[0] == encoded[1]:
-            raise ValueError(f"The judge {name} cannot answer: A and B are no tokens of its own; choose another LM.")
-        self.letter_ids = [ids[0] for ids in encoded]
+        self.letter_ids = []
+        for letter in "AB":
+            ids = tokenizer.encode(letter, add_special_tokens=False)
+            if len(ids) != 1 or tokenizer.decode(ids).strip() != letter:
+                raise ValueError(
+                    f"The judge {name} cannot answer: its tokenizer has no token {letter}; choose another."
+                )
+            self.letter_ids += ids
 
     def ask(self, questions: list[str]) -> list[Answer]:
         """The likelier letter to each question.
