@@ -133,7 +133,7 @@ def read_records(output_dir: str | os.PathLike) -> list[dict]:
         except ValueError as error:  # JSON's and UTF-8's
             raise ValueError(f"{path} is no JSON ({error}): write it again with --overwrite.") from None
         records.append(record)
-        if missing := Record.__dataclass_fields__.keys() - record.keys():
+        if missing := Record.__dataclass_fields__.keys() - set(record):
             raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
     return records
 

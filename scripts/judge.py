@@ -120,8 +120,8 @@ class JudgeArguments:
 
     def __post_init__(self):
         """Raises `ValueError` naming the argument, its value and what is allowed."""
-        if not self.judges or (unknown := sorted(set(self.judges) - set(JUDGES))):
-            raise ValueError(f"--judges knows {', '.join(JUDGES)}, not {', '.join(unknown) or 'nothing'}.")
+        if not self.judges or not set(self.judges) <= set(JUDGES):
+            raise ValueError(f"--judges must be of {', '.join(JUDGES)}, got {self.judges}.")
         if "openai" in self.judges and not self.judge_model:
             raise ValueError("--judge_model is not set: name the endpoint's model that judges.")
         for name, least in {"batch_size": 1, "concurrency": 1, "ask_again": 0, "retries": 0}.items():
