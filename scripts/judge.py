@@ -172,8 +172,11 @@ def recorded_judge(kind: str, records: list[dict]) -> Judging:
     key, model = RECORDED[kind]
     for record in records:
         recorded_verdicts(record, record, key)  # raises where one has no such scores
-    name = f"{kind} {records[0][model]}"
-    return Judging(name, {"kind": kind}, lambda record, sft: recorded_verdicts(record, sft, key), free=True)
+    if len(names := sorted({record[model] for record in records})) > 1:
+        raise ValueError(f"the records differ in {model} ({', '.join(names)}): evaluate all of them with one.")
+    return Judging(
+        f"{kind} {names[0]}", {"kind": kind}, lambda record, sft: recorded_verdicts(record, sft, key), free=True
+    )
 
 
 def text_judge(judge: PairwiseJudge, settings: dict, prices: tuple[float, float] | None = None) -> Judging:

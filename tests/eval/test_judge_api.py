@@ -147,6 +147,7 @@ def test_a_judge_of_positions_decides_nothing(endpoint, make_judge, reply):
     assert make_judge(endpoint(lambda question, times: reply).url).judge(*PAIR).scores == [0.5]
 
 
+TIMEOUT = 1.5  # seconds: long enough for an answer of this machine on a bad day
 BUSY = (429, {"Retry-After": "0.3"}, {"error": {"message": "slow down"}})
 
 
@@ -163,26 +164,26 @@ BUSY = (429, {"Retry-After": "0.3"}, {"error": {"message": "slow down"}})
         pytest.param([{"choices": []}, []], 0.0, id="no choices"),
         pytest.param([{"choices": [{"message": None}]}, {"choices": ["A"]}], 0.0, id="no message"),
         pytest.param([None], 0.0, id="hung up"),
-        pytest.param([0.6], 0.4, id="time-out"),
+        pytest.param([4.0], TIMEOUT, id="time-out"),
     ],
 )
 def test_what_passes_is_waited_for(endpoint, make_judge, acts, seconds):
     server = endpoint(lambda question, times: acts[times] if times < len(acts) else good_wins(question))
     start = time.monotonic()
-    verdicts = make_judge(server.url, timeout=0.4).judge(*PAIR)
+    verdicts = make_judge(server.url, timeout=TIMEOUT).judge(*PAIR)
     assert verdicts.scores == [1.0]
     assert verdicts.answers == [("A", "B")]
     assert len(server.requests) == 2 * (len(acts) + 1)
-    assert seconds <= time.monotonic() - start < seconds + 3
+    assert seconds <= time.monotonic() - start < seconds + 5
 
 
 def test_retry_after_may_be_a_date(endpoint, make_judge):
+    start = time.monotonic()
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=2.5), usegmt=True)  # whole seconds: 1.5 to 2.5
     limited = (429, {"Retry-After": date}, {})
     server = endpoint(lambda question, times: good_wins(question) if times else limited)
-    start = time.monotonic()
     assert make_judge(server.url).judge(*PAIR).scores == [1.0]
-    assert 1.3 < time.monotonic() - start < 5
+    assert 1.4 < time.monotonic() - start < 8
 
 
 @pytest.mark.parametrize(
@@ -256,12 +257,13 @@ MANY = ([f"p{i}" for i in range(10)], ["good"] * 10, ["bad"] * 10)
 
 
 def test_a_refused_run_goes_on_and_repeats_nothing(endpoint, make_judge):
-    answered = []
+    answered, lock = [], threading.Lock()
 
     def until_the_end(question, times):
-        if len(answered) >= 7:
-            return None
-        answered.append(question)
+        with lock:
+            if len(answered) == 7:
+                return None
+            answered.append(question)
         return good_wins(question)
 
     first = endpoint(until_the_end)
@@ -329,7 +331,7 @@ def test_requests_keep_to_the_rate_and_the_concurrency(endpoint, make_judge):
     server = endpoint(good_wins)
     make_judge(server.url, requests_per_minute=240).judge(["p", "q", "r"], ["good"] * 3, ["bad"] * 3)
     times = sorted(seen["time"] for seen in server.requests)
-    assert 0.9 * 5 * 0.25 < times[-1] - times[0] < 5  # six requests, a quarter of a second apart
+    assert 0.9 * 5 * 0.25 < times[-1] - times[0] < 8  # six requests, a quarter of a second apart
 
 
 @pytest.mark.parametrize("status", [200, 401, 500])

@@ -127,15 +127,18 @@ def endpoint(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     class Handler(BaseHTTPRequestHandler):
-        questions, limit, folder = [], 10**9, tmp_path
+        questions, limit, folder, lock = [], 10**9, tmp_path, threading.Lock()
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             _, a, b = body["messages"][0]["content"].removesuffix(REMINDER).split("|")
-            if len(self.questions) >= self.limit:
+            with self.lock:
+                refused = len(self.questions) >= self.limit
+                if not refused:
+                    self.questions.append(body["messages"][0]["content"])
+            if refused:
                 self.send_error(503)
                 return
-            self.questions.append(body["messages"][0]["content"])
             text = "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
             text = "Hmm." if UNSURE in (a, b) else text
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
@@ -267,8 +270,20 @@ def test_wrong_arguments_are_refused_at_once(judge, arguments, message):
         judge.JudgeArguments(**arguments)
 
 
-def test_gold_scores_that_are_not_there(run, records):
+def test_gold_scores(run, records, tmp_path):
     with pytest.raises(ValueError, match="has no gold_rewards: choose another judge"):
+        run("gold")
+    for record in records.values():
+        record.update(gold_rewards=[-reward for reward in record["rewards"]], gold_reward_model="other")
+    write(tmp_path, records)
+    judgements = run("gold", "reward")
+    for name, judgement in judgements.items():
+        if name.startswith("gold_other/"):
+            opposite = judgements[name.replace("gold_other", "reward_embedded")]
+            assert judgement["win_rate"] == pytest.approx(1 - opposite["win_rate"])
+    records["best"]["gold_reward_model"] = "another"
+    write(tmp_path, records)
+    with pytest.raises(ValueError, match="the records differ in gold_reward_model \\(another, other\\)"):
         run("gold")
 
 
