@@ -4,8 +4,9 @@ A judge is a [`PairwiseJudge`]: it answers questions by A, B or tie. [`LocalJudg
 has the one behind an OpenAI-compatible endpoint, and [`recorded_verdicts`] takes the scores that a record has already.
 All of them return [`Verdicts`], which `eval.judgements` writes beside the records.
 
-Judges prefer a position: MT-Bench (Zheng et al. 2023, arXiv 2306.05685, section 3.4) found that GPT-4 gave the same
-verdict in both orders on 65 % of its pairs, and counts what changes with the order as a tie. So do we.
+Judges prefer a position, the first one mostly (Zheng et al. 2023, arXiv 2306.05685): what changes with the order is a
+tie. A small LM may answer by the position alone, as SmolLM2-135M does, and then all its verdicts are ties: read the
+share of pairs whose orders disagree before the win rate.
 """
 
 import re
