@@ -1,4 +1,4 @@
-"""How likely responses are under the frozen LM, and how far a policy is from it: teacher-forced forwards."""
+"""How likely responses and answers are under an LM, and how far a policy is from it: teacher-forced forwards."""
 
 from collections.abc import Iterator
 
@@ -71,3 +71,24 @@ def likelihood(
             policy_logprobs.clamp_(min=torch.finfo(torch.float32).min)  # a gated -inf: 0 log 0 is 0, not NaN
             divergence += F.kl_div(lm_logprobs, policy_logprobs, log_target=True, reduction="sum").item()
     return sums, None if policy_lm is None else divergence / sum(map(len, response_ids))
+
+
+@torch.inference_mode()
+def next_token_logprobs(lm, prompt_ids: list[list[int]], token_ids: list[int], *, batch_size: int = 8) -> torch.Tensor:
+    """Log-probabilities of given tokens right after each prompt, in nats, from a float32 log-softmax.
+
+    Args:
+        lm: a causal LM.
+        prompt_ids: token ids of the prompts, n lists.
+        token_ids: the k tokens.
+
+    Returns:
+        float32 tensor `(n, k)` on the CPU.
+    """
+    logprobs = torch.zeros(len(prompt_ids), len(token_ids))
+    # The token that is joined to a prompt only marks the position that predicts it.
+    one_token = [token_ids[:1]] * len(prompt_ids)
+    for indices, inputs, is_response in _teacher_forced(prompt_ids, one_token, batch_size, lm.device):
+        after = F.log_softmax(_response_logits(lm, inputs, is_response), dim=-1)  # (rows, vocab)
+        logprobs[indices] = after[:, token_ids].cpu()
+    return logprobs

@@ -1,0 +1,198 @@
+"""What a judge decided about one record: a JSON file beside the records, which themselves are never changed.
+
+`<output_dir>/judgements/<judge>/<name of the record's file>`, one per judge and record, in the terms of the records.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval.harness import Run
+from eval.judge import Verdicts
+from eval.report import find_sft, group_records, kind_title, label
+from eval.stats import Interval, seeds_mean_ci, win_rate
+
+
+@dataclass(kw_only=True)
+class Judgement:
+    """The verdicts on one method and seed against SFT, and what they cost. Intervals are `[low, high]` at 95 %.
+
+    A key that does not apply is null. Tokens and cost are those of every answer that the verdicts rest on, whenever it
+    was paid.
+    """
+
+    judge: str
+    settings: dict  # what decides the judge's answers: its prompt's hash, request, dtype, ...
+    method: str
+    variant: str | None
+    seed: int
+    n_prompts: int
+    prompts_sha256: str  # of the records
+    pairs_sha256: str  # of the texts that were judged
+    win_rate: float  # a tie counts half
+    ci95: Interval  # Wilson
+    tie_rate: float
+    disagreement_rate: float | None  # pairs whose two orders got different verdicts
+    unparsed: int  # answers that were none
+    by_kind: dict[str, dict]  # kind -> n_prompts, win_rate, ci95, tie_rate
+    verdicts: list[float]  # 1 win, 0.5 tie, 0 loss
+    answers: list[list[str | None] | None]  # response shown as A, reference shown as A; null where nobody was asked
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cost: float | None  # in the currency of the prices that were given
+    versions: dict[str, str]
+    git_commit: str | None
+    command: str
+    judged_at: str  # ISO 8601
+
+    def write(self, path: Path) -> None:
+        """Writes the file in one step, as records are written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def record_name(record: dict) -> str:
+    """Name of a record's file, e.g. `proxy-prefix-seed0.json`."""
+    return Run(**{name: record[name] for name in Run.__dataclass_fields__}).path("").name
+
+
+def judgement_path(judge: str, record: dict, output_dir: str | os.PathLike) -> Path:
+    """Where a judge's judgement of a record is."""
+    return Path(output_dir) / "judgements" / re.sub(r"[^\w.=-]+", "_", judge) / record_name(record)
+
+
+def pairs_sha256(record: dict, sft: dict) -> str:
+    """Hash of everything that a judge reads: prompts, responses, references."""
+    texts = [record["prompts"], record["responses"], sft["responses"]]
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=True).encode()).hexdigest()
+
+
+def check_comparable(records: list[dict]) -> dict:
+    """The SFT record that the others are judged against.
+
+    Raises:
+        ValueError: if there is none, or records are of other prompts, or their lists are not as long as they say.
+    """
+    group_records(records)
+    sft = find_sft(records)
+    if sft is None:
+        raise ValueError("no SFT record to judge against: evaluate sft by scripts/compare.py first.")
+    for record in records:
+        name = f"{label(record)}, seed {record['seed']}"
+        for key in ("prompts", "responses", "rewards", "gold_rewards", "kinds"):
+            if record[key] is not None and len(record[key]) != record["n_prompts"]:
+                raise ValueError(
+                    f"the record of {name} is damaged, it has {len(record[key])} {key} for {record['n_prompts']} "
+                    "prompts: write it again with --overwrite of scripts/compare.py."
+                )
+        if record["prompts"] != sft["prompts"]:
+            raise ValueError(
+                f"the record of {name} has other prompts than SFT's: evaluate both again with --overwrite of "
+                "scripts/compare.py."
+            )
+    return sft
+
+
+def summarise_verdicts(verdicts: Verdicts, kinds: list[str] | None) -> dict:
+    """The rates of a [`Judgement`], over all prompts and by kind."""
+
+    def rates(scores: list[float]) -> dict:
+        wins = win_rate(scores, [0.5] * len(scores))
+        return {"win_rate": wins.rate, "ci95": wins.ci95, "tie_rate": wins.tie_rate}
+
+    by_kind = {}
+    for kind in sorted(set(kinds or [])):
+        scores = [score for score, k in zip(verdicts.scores, kinds, strict=True) if k == kind]
+        by_kind[kind] = {"n_prompts": len(scores), **rates(scores)}
+    asked = any(pair is not None for pair in verdicts.answers)
+    return {
+        **rates(verdicts.scores),
+        "disagreement_rate": verdicts.disagreements / len(verdicts.scores) if asked else None,
+        "unparsed": verdicts.unparsed,
+        "by_kind": by_kind,
+        "verdicts": verdicts.scores,
+        "answers": [None if pair is None else list(pair) for pair in verdicts.answers],
+        "prompt_tokens": verdicts.prompt_tokens,
+        "completion_tokens": verdicts.completion_tokens,
+    }
+
+
+def read_judgements(records: list[dict], output_dir: str | os.PathLike) -> list[dict]:
+    """All judgements of these records, by file name.
+
+    Raises:
+        ValueError: if one is damaged, or of other responses than the records have now.
+    """
+    sft, judgements = check_comparable(records), []
+    by_name = {record_name(record): record for record in records}
+    for path in sorted((Path(output_dir) / "judgements").glob("*/*.json")):
+        judgement = read_judgement(path)
+        record = by_name.get(path.name)
+        if record is None or judgement["pairs_sha256"] != pairs_sha256(record, sft):
+            raise ValueError(f"{path} judges responses that are no longer there: delete it, or judge again.")
+        judgements.append(judgement)
+    return judgements
+
+
+def read_judgement(path: Path) -> dict:
+    """One judgement.
+
+    Raises:
+        ValueError: if the file is no judgement.
+    """
+    try:
+        judgement = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): delete it, and judge again.") from None
+    if not isinstance(judgement, dict) or Judgement.__dataclass_fields__.keys() - judgement.keys():
+        raise ValueError(f"{path} is no judgement of this version: delete it, and judge again.")
+    return judgement
+
+
+def judgement_table(judgements: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Headers and text cells, a row per judge and method: all its seeds together, as in the report's tables."""
+    kinds = sorted({kind for judgement in judgements for kind in judgement["by_kind"]})
+    headers = ["judge", "method", "seeds", "win rate", *map(kind_title, kinds), "ties", "orders disagree", "unparsed"]
+    headers += ["tokens", "cost"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for judgement in judgements:
+        groups.setdefault((judgement["judge"], label(judgement)), []).append(judgement)
+
+    def mean(group: list[dict], *keys: str) -> float | None:
+        values = []
+        for judgement in group:
+            for key in keys:
+                judgement = judgement[key]
+            values.append(judgement)
+        return None if None in values else float(np.mean(values))
+
+    rows = []
+    for (judge, name), group in groups.items():
+        interval = group[0]["ci95"]
+        if len(group) > 1:
+            interval = seeds_mean_ci(np.stack([judgement["verdicts"] for judgement in group]))
+        disagree = mean(group, "disagreement_rate")
+        tokens = [j[key] for j in group for key in ("prompt_tokens", "completion_tokens")]
+        costs = [j["cost"] for j in group]
+        rows.append(
+            [
+                judge,
+                name,
+                str(len(group)),
+                f"{mean(group, 'win_rate'):.2f} [{interval[0]:.2f}, {interval[1]:.2f}]",
+                *[f"{mean(group, 'by_kind', kind, 'win_rate'):.2f}" for kind in kinds],
+                f"{mean(group, 'tie_rate'):.0%}",
+                "n/a" if disagree is None else f"{disagree:.0%}",
+                str(sum(j["unparsed"] for j in group)),
+                "n/a" if None in tokens else f"{sum(tokens):,}",
+                "n/a" if None in costs else f"{sum(costs):.2f}",
+            ]
+        )
+    return headers, rows

@@ -1,0 +1,295 @@
+"""Tests of `scripts/judge.py`: real records judged by their rewards, a tiny LM and an endpoint on this machine."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig
+
+from eval.judge_api import REMINDER
+from eval.stats import rate_ci
+
+ROOT = Path(__file__).parents[2]
+N = 6
+KEY = "sk-not-to-be-seen-anywhere"
+SHORT = "$prompt|$response_a|$response_b"
+UNSURE = "a response that the judge cannot judge"
+
+
+@pytest.fixture(scope="module")
+def judge(load_script):
+    return load_script("judge")
+
+
+@pytest.fixture
+def records(tmp_path) -> dict[str, dict]:
+    """The first prompts of four real records under `tmp_path`, by name; `None`: no such record."""
+    names = {"sft": "sft-seed0", "best": "best_of_n-n=4-seed0"}
+    names |= {f"proxy{k}": f"proxy-prefix_pooled_features=True-seed{k}" for k in (0, 1)}
+    found = {}
+    for name, stem in names.items():
+        record = json.loads((ROOT / f"docs/records/results/{stem}.json").read_text(encoding="utf-8"))
+        for key in ("prompts", "responses", "rewards", "kinds"):
+            record[key] = record[key][:N]
+        found[name] = {**record, "n_prompts": N}
+    write(tmp_path, found)
+    return found
+
+
+def write(folder: Path, records: dict[str, dict]) -> None:
+    (folder / "records").mkdir(exist_ok=True)
+    for name, record in records.items():
+        text = record if isinstance(record, str) else json.dumps(record)
+        (folder / "records" / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def run(judge, tmp_path):
+    """Runs the script; returns the judgements under `tmp_path` by folder and file."""
+    (tmp_path / "judge.txt").write_text(SHORT)
+
+    def run(*judges, model=None, **arguments) -> dict[str, dict]:
+        arguments = {"judge_prompt_file": str(tmp_path / "judge.txt"), **arguments}
+        args = judge.JudgeArguments(judges=list(judges), output_dir=str(tmp_path), **arguments)
+        judge.main(args, ModelConfig(**(model or {})))
+        return written(tmp_path)
+
+    return run
+
+
+def written(folder: Path) -> dict[str, dict]:
+    paths = sorted((folder / "judgements").glob("*/*.json"))
+    return {f"{path.parent.name}/{path.name}": json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def test_rewards_that_are_recorded(run, records, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
+    judgements = run("reward")
+    proxies = [f"reward_embedded/proxy-prefix_pooled_features=True-seed{k}.json" for k in (0, 1)]
+    assert list(judgements) == ["reward_embedded/best_of_n-n=4-seed0.json", *proxies]
+    judgement, sft = judgements[proxies[1]], records["sft"]
+    verdicts = [float(a > b) for a, b in zip(records["proxy1"]["rewards"], sft["rewards"])]
+    assert judgement["verdicts"] == verdicts
+    assert judgement["win_rate"] == sum(verdicts) / N
+    assert judgement["ci95"] == rate_ci(sum(verdicts), N)
+    assert (judgement["judge"], judgement["method"], judgement["seed"]) == ("reward embedded", "proxy", 1)
+    assert judgement["prompts_sha256"] == sft["prompts_sha256"]
+    assert (judgement["tie_rate"], judgement["disagreement_rate"], judgement["unparsed"]) == (0.0, None, 0)
+    assert sum(kind["n_prompts"] for kind in judgement["by_kind"].values()) == N
+    for kind, rates in judgement["by_kind"].items():
+        of_kind = [score for score, k in zip(verdicts, sft["kinds"]) if k == kind]
+        assert rates["win_rate"] == pytest.approx(sum(of_kind) / len(of_kind))
+    assert {path: path.read_bytes() for path in (tmp_path / "records").iterdir()} == before
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    mean = (judgement["win_rate"] + judgements[proxies[0]]["win_rate"]) / 2
+    assert any(row[:3] == ["reward", "embedded", "proxy"] and f"{mean:.2f}" in row for row in rows)
+
+
+def test_a_local_judge_goes_on_where_it_was(run, records, tmp_path, tiny_lm, tiny_tokenizer, capsys):
+    tiny_lm().save_pretrained(tmp_path / "lm")
+    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+    model = {"model_name_or_path": str(tmp_path / "lm"), "dtype": "float32"}
+    first = run("transformers", model=model, batch_size=4)
+    assert len(first) == 3
+    assert "0 of 3 records are judged already" in capsys.readouterr().out
+    for judgement in first.values():
+        assert {letter for pair in judgement["answers"] for letter in pair} <= {"A", "B"}
+        assert judgement["prompt_tokens"] > 2 * N * 100
+        both = [a != b for a, b in judgement["answers"]]
+        assert judgement["disagreement_rate"] == judgement["tie_rate"] == 1 - sum(both) / N
+    name = next(iter(first))
+    (tmp_path / "judgements" / name).unlink()
+    (tmp_path / "judgements" / name).with_suffix(".json.tmp").write_text('{"half a fi')
+    again = run("transformers", model=model, batch_size=4)
+    assert "2 of 3 records are judged already" in capsys.readouterr().out
+    own = ("command", "judged_at")
+    assert {k: v for k, v in again[name].items() if k not in own} == {
+        k: v for k, v in first[name].items() if k not in own
+    }
+    with pytest.raises(ValueError, match=r"judged with other settings \(different: dtype\)"):
+        run("transformers", model={**model, "dtype": "auto"})
+    records["proxy0"]["responses"][0] += " And more."
+    write(tmp_path, records)
+    with pytest.raises(ValueError, match=r"judged with other settings \(different: pairs_sha256\)"):
+        run("transformers", model=model)
+    with pytest.raises(ValueError, match=r"seed0\.json judges responses that are no longer there"):
+        run("reward")
+    assert run("transformers", model=model, overwrite=True).keys() == {*first, *run("reward")}
+
+
+@pytest.fixture
+def endpoint(monkeypatch, tmp_path):
+    """An endpoint whose judge likes the longer response, and is `UNSURE` of one; it keeps the questions, and is out of
+    order after `limit` of them."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    class Handler(BaseHTTPRequestHandler):
+        questions, limit, folder, lock = [], 10**9, tmp_path, threading.Lock()
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            _, a, b = body["messages"][0]["content"].removesuffix(REMINDER).split("|")
+            with self.lock:
+                refused = len(self.questions) >= self.limit
+                if not refused:
+                    self.questions.append(body["messages"][0]["content"])
+            if refused:
+                self.send_error(503)
+                return
+            text = "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
+            text = "Hmm." if UNSURE in (a, b) else text
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
+            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+            data = json.dumps({**reply, "usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    Handler.server = server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Handler.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield Handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_endpoint_is_paid_once(run, judge, records, endpoint, tmp_path, capfd):
+    settings = {"judge_model": "gpt/4", "judge_base_url": endpoint.url, "concurrency": 2, "retries": 0}
+    prices = {"price_prompt": 2.0, "price_completion": 8.0}
+    pairs = sum(a != b for k in ("best", "proxy0", "proxy1") for a, b in responses(records, k))
+    endpoint.limit = 2 * N + 3  # in the middle of the second record
+    with pytest.raises(judge.JudgeError, match=f"503.*: {2 * N + 3} replies are kept in .*replies.sqlite"):
+        run("openai", **settings, **prices)
+    assert list(written(tmp_path)) == ["openai_gpt_4/best_of_n-n=4-seed0.json"]
+    endpoint.limit = 10**9
+    judgements = run("openai", "reward", **settings, **prices)
+    assert len(judgements) == 6
+    assert len(endpoint.questions) == len(set(endpoint.questions)) == 2 * pairs
+    first = run("openai", **settings, **prices)
+    assert first == run("openai", **settings, **prices)
+    run("openai", **settings, **prices, overwrite=True)  # judges again, from the replies
+    assert len(endpoint.questions) == 2 * pairs
+
+    judgement = judgements["openai_gpt_4/best_of_n-n=4-seed0.json"]
+    expected = [(len(a) > len(b)) + 0.5 * (len(a) == len(b)) for a, b in responses(records, "best")]
+    assert judgement["verdicts"] == expected
+    assert (judgement["prompt_tokens"], judgement["completion_tokens"]) == (200 * N, 2 * N)
+    assert judgement["cost"] == pytest.approx((200 * N * 2 + 2 * N * 8) / 1e6)
+    assert judgement["settings"]["base_url"] == endpoint.url
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY.encode() not in stored
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def responses(records: dict, name: str) -> list[tuple[str, str]]:
+    return list(zip(records[name]["responses"], records["sft"]["responses"]))
+
+
+def test_what_is_no_answer_is_reported(run, records, endpoint, capfd):
+    records["best"]["responses"][1] = UNSURE
+    records["best"]["responses"][2] = records["sft"]["responses"][2]  # nobody is asked
+    write(endpoint.folder, records)
+    judgements = run("openai", judge_model="m", judge_base_url=endpoint.url, ask_again=1)
+    judgement = judgements["openai_m/best_of_n-n=4-seed0.json"]
+    assert [judgement["answers"][i] for i in (1, 2)] == [[None, None], None]
+    assert (judgement["unparsed"], judgement["verdicts"][1:3], judgement["cost"]) == (2, [0.5, 0.5], None)
+    assert "2 answers of openai m were none of A, B, tie and count as ties" in " ".join(capfd.readouterr().out.split())
+    assert len(endpoint.questions) == 2 * (3 * N - 1) + 2  # two of them twice
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda records: records.clear(), "no records under"),
+        (lambda records: records.pop("sft"), "no SFT record to judge against"),
+        (lambda records: [records.pop(k) for k in ("best", "proxy0", "proxy1")], "has no record but SFT's"),
+        (lambda records: records["best"].update(prompts_sha256="0" * 64), "the records differ in prompts_sha256"),
+        (lambda records: records["best"].update(model="other"), r"the records differ in model \(embedded, other\)"),
+        (
+            lambda records: records["best"]["prompts"].reverse(),
+            r"best_of_n \(n=4\), seed 0 has other prompts than SFT",
+        ),
+        (lambda records: records["best"]["responses"].pop(), "damaged, it has 5 responses for 6 prompts"),
+        (lambda records: records["best"].pop("kinds"), r"best.json lacks \['kinds'\]"),
+        (lambda records: records.update(best='{"method": "pro'), r"best.json is no JSON \(Unterminated string"),
+        (lambda records: records.update(best="[]"), r"best.json lacks \["),
+    ],
+)
+def test_records_that_cannot_be_judged_are_refused(run, records, tmp_path, damage, message):
+    names = list(records)
+    damage(records)
+    for name in names:
+        (tmp_path / "records" / f"{name}.json").unlink()
+    write(tmp_path, records)
+    with pytest.raises(ValueError, match=message):
+        run("reward")
+    assert not written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("{half", "is no JSON"),
+        ("[]", "is no judgement of this version"),
+        ('{"judge": "x"}', "is no judgement of this"),
+    ],
+)
+def test_a_damaged_judgement_is_refused(run, records, tmp_path, damage, message):
+    run("reward")
+    (tmp_path / "judgements" / "other").mkdir()
+    (tmp_path / "judgements" / "other" / "best_of_n-n=4-seed0.json").write_text(damage)
+    with pytest.raises(ValueError, match=f"other/best_of_n-n=4-seed0.json {message}"):
+        run("reward")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"judges": ["gpt"]}, r"--judges must be of reward, gold, transformers, openai, got \['gpt'\]"),
+        ({"judges": []}, r"--judges must be of .*, got \[\]"),
+        ({"judges": ["openai"]}, "--judge_model is not set"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"retries": -1}, "--retries must be at least 0, got -1"),
+        ({"requests_per_minute": 0.0}, "--requests_per_minute must be above 0, got 0.0"),
+        ({"price_prompt": 1.0}, "must be set together"),
+        ({"judge_request": "[1]"}, r"--judge_request must be a JSON object, got '\[1\]'"),
+        ({"judge_request": "{"}, "--judge_request must be a JSON object, got '{'"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(judge, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        judge.JudgeArguments(**arguments)
+
+
+def test_gold_scores(run, records, tmp_path):
+    with pytest.raises(ValueError, match="has no gold_rewards: choose another judge"):
+        run("gold")
+    for record in records.values():
+        record.update(gold_rewards=[-reward for reward in record["rewards"]], gold_reward_model="other")
+    write(tmp_path, records)
+    judgements = run("gold", "reward")
+    for name, judgement in judgements.items():
+        if name.startswith("gold_other/"):
+            opposite = judgements[name.replace("gold_other", "reward_embedded")]
+            assert judgement["win_rate"] == pytest.approx(1 - opposite["win_rate"])
+    records["best"]["gold_reward_model"] = "another"
+    write(tmp_path, records)
+    with pytest.raises(ValueError, match="the records differ in gold_reward_model \\(another, other\\)"):
+        run("gold")
+
+
+def test_the_commands_of_the_header_parse(judge):
+    commands = re.findall(r"scripts/judge\.py ((?:.*\\\n)*.*)", judge.__doc__)
+    assert len(commands) == 4
+    for command in commands:
+        args, _ = judge.make_parser().parse_args_and_config(command.replace("\\\n", " ").split())
+        assert args.output_dir == "outputs/compare"
