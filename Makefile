@@ -8,7 +8,7 @@ LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --mult
 	--num_machines 1 --mixed_precision no --dynamo_backend no
 OUT ?= outputs/demo
 
-.PHONY: install demo results results-harmless compare test lint clean
+.PHONY: install demo results results-harmless compare compare-quick tune sweeps test lint clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -23,6 +23,7 @@ demo: $(INSTALLED)
 	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir $(OUT)/proxy
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies $(OUT)/proxy \
 		--output_dir $(OUT)
+	$(BIN)/python scripts/report.py $(OUT) --trained $(OUT)/proxy
 
 # The table of the README: three seeds, half an hour of training.
 results: $(INSTALLED)
@@ -45,6 +46,24 @@ results-harmless: $(INSTALLED)
 # Baselines too, from their recipes: about three hours. What is finished is not done again.
 compare: $(INSTALLED)
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "env $(LAUNCH)"
+	$(BIN)/python scripts/report.py outputs/compare
+
+# The same with short trainings, one seed and 64 prompts: to see that everything runs.
+compare-quick: $(INSTALLED)
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_quick_smollm2_cpu.yaml --launch "env $(LAUNCH)"
+	$(BIN)/python scripts/report.py outputs/compare-quick
+
+# Learning rates on the validation prompts, which chose those of the recipes.
+tune: $(INSTALLED)
+	for method in proxy rlhf dpo; do \
+		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_lr_$$method.yaml --launch "env $(LAUNCH)" || exit 1; \
+	done
+
+# The paper's sweeps of p_t and the temperature.
+sweeps: $(INSTALLED)
+	for field in p_t temperature; do \
+		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_$$field.yaml --launch "env $(LAUNCH)" || exit 1; \
+	done
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

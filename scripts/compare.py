@@ -47,7 +47,7 @@ from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file
 from trl_proxy.defaults import EMBEDDED, load_prompts
-from trl_proxy.runs import RUN_FILE, is_finished, load_policy
+from trl_proxy.runs import RUN_FILE, flags, is_finished, load_policy
 
 METHODS = ("sft", "proxy", "best_of_n")
 
@@ -71,6 +71,9 @@ class CompareArguments:
         },
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Training seeds of the recipes."})
+    train_settings: dict = field(
+        default_factory=dict, metadata={"help": "Field -> value, for all trainings, over their recipes."}
+    )
     launch: str = field(
         default="accelerate launch", metadata={"help": "How to run a training script; `env A=b ...` sets variables."}
     )
@@ -166,15 +169,16 @@ def train_missing(args: CompareArguments) -> list["Trained"]:
     trained = []
     for recipe in args.recipes:
         method, _, path = recipe.partition("=")
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe_settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         for seed in args.seeds:
             folder = os.path.join(args.output_dir, f"{method}-seed{seed}")
-            if not is_finished(folder, settings | {"seed": seed}):
+            settings = args.train_settings | {"seed": seed}
+            if not is_finished(folder, recipe_settings | settings):
                 print(f"Training {folder} by {path}.")
                 script = ["train_proxy.py"] if method == "proxy" else ["train_baseline.py", "--method", method]
                 script[0] = str(Path(__file__).with_name(script[0]))
                 command = [*shlex.split(args.launch), *script, "--config", path]
-                if subprocess.run([*command, "--seed", str(seed), "--output_dir", folder]).returncode:
+                if subprocess.run([*command, *flags(settings), "--output_dir", folder]).returncode:
                     raise ValueError(f"training {folder} failed, see above; the same command goes on from there.")
             trained.append(read_proxy(folder) if method == "proxy" else read_baseline(folder))
     return trained

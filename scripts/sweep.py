@@ -14,7 +14,6 @@ The learning rate of a baseline, on the validation prompts:
 """
 
 import itertools
-import json
 import os
 import queue
 import re
@@ -44,7 +43,7 @@ from eval.report import (
     mean_over_seeds,
     with_interval,
 )
-from trl_proxy.runs import is_finished
+from trl_proxy.runs import flags, is_finished
 
 HERE = Path(__file__).parent
 
@@ -104,16 +103,6 @@ def cells_of(args: SweepArguments) -> list[Cell]:
         name = re.sub(r"[^\w.,=+-]+", "_", ",".join(f"{key}={value}" for key, value in named.items()))
         cells.append(Cell(named, seed, Path(args.output_dir, f"{name}-seed{seed}")))
     return cells
-
-
-def flags(values: dict) -> list[str]:
-    """Settings as a command line."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def commands(args: SweepArguments, cell: Cell) -> list[list[str]]:

@@ -159,6 +159,16 @@ def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> st
     return last
 
 
+def flags(values: dict) -> list[str]:
+    """Settings, names and values as in a recipe, as the words of a command line."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
 def is_finished(folder: str | os.PathLike, settings: dict) -> bool:
     """Whether a finished run with these settings, names and values as in a recipe, is in the folder."""
     run_file = os.path.join(folder, RUN_FILE)
