@@ -6,7 +6,8 @@
 its own (`<output_dir>/p_t=0.1-seed0`), and compared there with the LM itself as `evaluate` says. Several cells run at
 once with `--jobs 2`, or one on each of `--devices 0 1 2 3` (CUDA_VISIBLE_DEVICES). A cell that is finished is not done
 again and one that was interrupted goes on, so the same command after a kill loses and repeats nothing. The table at
-the end is drawn from the cells' records alone, and so is `<output_dir>/sweep.md`.
+the end, `<output_dir>/sweep.md` and, of one field of a proxy, the figures in `<output_dir>/plots` are drawn from the
+cells' records alone.
 
 The learning rate of a baseline, on the validation prompts:
 
@@ -34,6 +35,7 @@ from trl import TrlParser
 
 from baselines.training import BASELINES
 from eval.harness import read_records
+from eval.plots_training import draw_sweep, read_sweep
 from eval.report import (
     all_kinds,
     delta_over_seeds,
@@ -222,6 +224,11 @@ def main(args: SweepArguments) -> list[list[str]]:
         drawn.add_row(*row)
     (Console() if sys.stdout.isatty() else Console(width=140)).print(drawn)
     Path(args.output_dir, "sweep.md").write_text(markdown_table(headers, rows) + "\n", encoding="utf-8")
+    if args.method == "proxy" and len(args.grid) == 1 and not failed:
+        key = next(iter(args.grid))
+        if all(isinstance(value, int | float) for value in args.grid[key]):
+            figures = draw_sweep(read_sweep(args.output_dir, key), key, args.output_dir)
+            print(f"Figures: {', '.join(map(str, figures))}")
     if failed:
         raise ValueError(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}. The same command goes on.")
     return rows

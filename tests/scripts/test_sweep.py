@@ -100,11 +100,20 @@ def test_a_sweep_goes_on_after_a_kill(sweep, arguments, tmp_path, capsys):
     table = (tmp_path / "cells" / "sweep.md").read_text()
     assert table.startswith("| max_candidates | seeds | Δ vs SFT | Δ everyday | refusals everyday | LM log-prob |")
 
+    # without the cell that fails there is nothing to do but to draw
+    (bad / "log.txt").unlink()
+    bad.rmdir()
+    sweep.main(sweep.SweepArguments(**arguments | {"grid": {"max_candidates": [4]}}))
+    assert {path.name for path in (tmp_path / "cells" / "plots").glob("*.png")} == {
+        f"sweep_max_candidates_{name}.png" for name in ("scores", "curves", "distributions")
+    }
+
     # what is finished is not trained again, but by other settings; the other cell is, and takes over the LM's record
     cells = sweep.cells_of(args)
     assert [len(sweep.commands(args, cell)) for cell in cells] == [1, 2]
     other = sweep.SweepArguments(**arguments | {"settings": {"max_steps": 6}})
     assert len(sweep.commands(other, cells[0])) == 2
+    bad.mkdir()
     sweep.share_sft_record(args, cells[1])
     assert (bad / "records" / "sft-seed0.json").read_bytes() == (good / "records" / "sft-seed0.json").read_bytes()
 
