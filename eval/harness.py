@@ -131,10 +131,10 @@ def read_record(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no record but a JSON {type(record).__name__}: delete it and evaluate again.")
     if missing := Record.__dataclass_fields__.keys() - record.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
-    for name in ("rewards", "responses", "prompts"):
-        n, expected = len(record[name]), record["n_prompts"]
-        if n != expected:
-            raise ValueError(f"{path} has {n} {name} for {expected} prompts: delete it and evaluate again.")
+    for name in ("rewards", "responses", "prompts", "gold_rewards", "kinds"):
+        values, expected = record[name], record["n_prompts"]
+        if values is not None and len(values) != expected:
+            raise ValueError(f"{path} has {len(values)} {name} for {expected} prompts: delete it and evaluate again.")
     return record
 
 

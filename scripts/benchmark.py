@@ -42,6 +42,7 @@ CONFIGS = {
     "candidate": ProxyConfig(features="candidate"),
 }
 MEMORY = ("generate", "prefix", "candidate", "train")
+PRECISIONS = (False, True)  # whether the LM is in 4 bit
 
 
 @dataclass
@@ -290,7 +291,7 @@ def _forget_peak() -> None:
 def measure_memory(args: BenchmarkArguments) -> dict[str, int | None]:
     """Peak bytes by way of running, each in a process of its own."""
     found = {}
-    for four_bit in (False,) if args.quick else (False, True):
+    for four_bit in PRECISIONS[:1] if args.quick else PRECISIONS:
         for way in MEMORY:
             if args.quick and way == "candidate":
                 continue

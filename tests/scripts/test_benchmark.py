@@ -38,6 +38,7 @@ def tiny_arguments(script, tmp_path, tiny_lm, tiny_tokenizer):
 
 def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MEMORY", ("generate", "prefix", "train"))  # each is a process of its own
+    monkeypatch.setattr(script, "PRECISIONS", (False,))
     script.main(tiny_arguments())
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     cells = {tuple(list(cell.values())[:4]): cell["methods"] for cell in found["cells"]}
@@ -62,6 +63,13 @@ def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
     assert 0 < ratios["peak_memory_train"] < 10
     assert all(peak > 0 for peak in found["memory"].values())
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("way", ["prefix", "train"])
+def test_memory_in_4_bit(script, tiny_arguments, way, capsys):
+    found = script.main(tiny_arguments(memory=way, load_in_4bit=True))
+    assert found["memory"] > 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == found["memory"]
 
 
 def test_the_quick_form_has_the_ends_of_the_batch_alone(script, tiny_arguments):

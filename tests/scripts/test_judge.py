@@ -218,10 +218,13 @@ def test_what_is_no_answer_is_reported(run, records, endpoint, capfd):
             lambda records: records["best"]["prompts"].reverse(),
             r"best_of_n \(n=4\), seed 0 has other prompts than SFT",
         ),
-        (lambda records: records["best"]["responses"].pop(), "damaged, it has 5 responses for 6 prompts"),
+        (lambda records: records["best"]["responses"].pop(), "best.json has 5 responses for 6 prompts"),
         (lambda records: records["best"].pop("kinds"), r"best.json lacks \['kinds'\]"),
-        (lambda records: records.update(best='{"method": "pro'), r"best.json is no JSON \(Unterminated string"),
-        (lambda records: records.update(best="[]"), r"best.json lacks \["),
+        (
+            lambda records: records.update(best='{"method": "pro'),
+            r"best.json is no whole JSON file \(Untermin",
+        ),
+        (lambda records: records.update(best="[]"), "best.json is no record but a JSON list"),
     ],
 )
 def test_records_that_cannot_be_judged_are_refused(run, records, tmp_path, damage, message):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -220,9 +221,16 @@ def test_unknown_yaml_keys_are_named(script, tmp_path):
         ({"reward_funcs": "no_such_module.reward"}, "no_such_module"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_sentence(tiny_run, tmp_path, flags, message):
+def test_a_mistake_is_one_sentence_before_work_starts(script, tiny_run, monkeypatch, tmp_path, flags, message):
+    monkeypatch.setattr(script, "fit", None)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        run(script, tiny_run(**flags), monkeypatch, tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
     result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train_proxy.py"), *tiny_run(**flags)],
+        [sys.executable, str(ROOT / "scripts" / "train_proxy.py"), *tiny_run(max_candidates=0)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -231,8 +239,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(tiny_run, tmp_path, flags
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("train_proxy: ")
-    assert message in last
+    assert last == "train_proxy: `max_candidates` must be an integer of at least 1, got 0."
     assert "Traceback" not in result.stderr
 
 
