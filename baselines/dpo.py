@@ -22,6 +22,7 @@ from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 from baselines.best_of_n import BestOfNPolicy
 from baselines.reward_model import load_callable_reward
 from baselines.training import LoraModelConfig
+from trl_proxy.config import write_text
 from trl_proxy.defaults import load_prompts
 from trl_proxy.rewards import check_rewards, to_text
 from trl_proxy.runs import RunArguments, begin, fit, load_policy, reward_names
@@ -155,10 +156,7 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
         raise ValueError("The reward prefers none of the samples to another: there are no pairs to train on.")
     seconds = time.monotonic() - started
     if state.is_main_process:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump({"made_with": made_with, "seconds": seconds, "pairs": pairs}, file, indent=1)
-        os.replace(path + ".tmp", path)
+        write_text(path, json.dumps({"made_with": made_with, "seconds": seconds, "pairs": pairs}, indent=1))
     state.wait_for_everyone()
     return Dataset.from_list(pairs), seconds
 

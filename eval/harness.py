@@ -25,6 +25,7 @@ from baselines.policy import Completions, Policy, encode_prompts, score
 from eval.likelihood import likelihood
 from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
+from trl_proxy.config import write_text
 from trl_proxy.rewards import to_text
 
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes", "trl-proxy")
@@ -108,12 +109,9 @@ class Record(Run):
     prompts: list[str]
 
     def write(self, output_dir: str | os.PathLike) -> Path:
-        """Writes the record in one step: a reader, or a run after Ctrl-C, never finds half a file."""
+        """Writes the record and returns its path."""
         path = self.path(output_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False))
         return path
 
 

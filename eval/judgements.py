@@ -16,6 +16,7 @@ from eval.harness import Run
 from eval.judge import Verdicts
 from eval.report import find_sft, group_records, kind_title, label
 from eval.stats import Interval, seeds_mean_ci, win_rate
+from trl_proxy.config import write_text
 
 
 @dataclass(kw_only=True)
@@ -51,11 +52,8 @@ class Judgement:
     judged_at: str  # ISO 8601
 
     def write(self, path: Path) -> None:
-        """Writes the file in one step, as records are written."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, path)
+        """Writes the judgement."""
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def record_name(record: dict) -> str:

@@ -31,6 +31,7 @@ from baselines.policy import LAST_POSITION
 from eval.harness import package_versions
 from eval.plots import plot_benchmark
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
+from trl_proxy.config import write_text
 from trl_proxy.decoding import HiddenTap
 from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
 from trl_proxy.gate import decide
@@ -394,11 +395,7 @@ def main(args: BenchmarkArguments) -> dict:
         "memory": memory,
         "ratios": summarise(cells, memory),
     }
-    os.makedirs(args.output_dir, exist_ok=True)
-    path = os.path.join(args.output_dir, "benchmark.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1)
-    os.replace(path + ".tmp", path)
+    write_text(os.path.join(args.output_dir, "benchmark.json"), json.dumps(results, indent=1))
     print_tables(cells, memory, results["ratios"])
     if not args.quick:
         print(plot_benchmark(cells, os.path.join(args.output_dir, "benchmark")))

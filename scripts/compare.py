@@ -45,7 +45,7 @@ from eval.plots import draw_all
 from eval.plots_training import plot_training_curve
 from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
-from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file
+from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file, write_text
 from trl_proxy.defaults import EMBEDDED, load_prompts
 from trl_proxy.runs import RUN_FILE, flags, is_finished, load_policy
 
@@ -444,8 +444,8 @@ def draw(output_dir: str, trained: list[Trained]) -> None:
         paths.append(
             plot_training_curve({k: (p.trainer_state, p.episodes_per_step) for k, p in curves.items()}, curve)
         )
-    Path(output_dir, "samples.md").write_text(samples_markdown(records), encoding="utf-8")
-    Path(output_dir, "report.md").write_text(report_markdown(records, paths, output_dir), encoding="utf-8")
+    write_text(Path(output_dir, "samples.md"), samples_markdown(records))
+    write_text(Path(output_dir, "report.md"), report_markdown(records, paths, output_dir))
     print_tables(records)
     print(f"Report: {os.path.join(output_dir, 'report.md')}")
 

@@ -23,7 +23,7 @@ from eval.plots_training import (
     read_sweep,
     training_log,
 )
-from trl_proxy.config import CONFIG_NAME
+from trl_proxy.config import CONFIG_NAME, write_text
 from trl_proxy.runs import RUN_FILE
 
 
@@ -92,9 +92,7 @@ def main(args: argparse.Namespace) -> Path:
         figures += draw_sweep(cells, key, output_dir)
 
     page = output_dir / "report.html"
-    temporary = page.with_suffix(".html.tmp")
-    temporary.write_text(render_page(records, figures, runs), encoding="utf-8")
-    os.replace(temporary, page)
+    write_text(page, render_page(records, figures, runs))
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, {len(records)} records, {len(figures)} figures.")
     return page
 

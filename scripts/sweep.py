@@ -19,7 +19,6 @@ import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from eval.report import (
     mean_over_seeds,
     with_interval,
 )
+from trl_proxy.config import write_text
 from trl_proxy.runs import flags, is_finished
 
 HERE = Path(__file__).parent
@@ -170,9 +170,7 @@ def share_sft_record(args: SweepArguments, cell: Cell) -> None:
     """Gives a cell the LM's own record that another cell has written: it is the same for all."""
     for path in sorted(Path(args.output_dir).glob("*/records/sft-seed*.json")):
         if not (target := cell.folder / "records" / path.name).exists():
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target.with_suffix(".tmp"))
-            os.replace(target.with_suffix(".tmp"), target)
+            write_text(target, path.read_text(encoding="utf-8"))
 
 
 def table(args: SweepArguments) -> tuple[list[str], list[list[str]]]:
@@ -223,7 +221,7 @@ def main(args: SweepArguments) -> list[list[str]]:
     for row in rows:
         drawn.add_row(*row)
     (Console() if sys.stdout.isatty() else Console(width=140)).print(drawn)
-    Path(args.output_dir, "sweep.md").write_text(markdown_table(headers, rows) + "\n", encoding="utf-8")
+    write_text(Path(args.output_dir, "sweep.md"), markdown_table(headers, rows) + "\n")
     if args.method == "proxy" and len(args.grid) == 1 and not failed:
         key = next(iter(args.grid))
         if all(isinstance(value, int | float) for value in args.grid[key]):

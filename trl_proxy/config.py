@@ -15,6 +15,15 @@ CONFIG_NAME = "proxy_config.json"
 WEIGHTS_NAME = "proxy_model.safetensors"
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file, and the folders it is in, in one step: nobody ever finds half of it."""
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
 @dataclass
 class ProxyConfig:
     """What the LM proposes, what the gate reads and how large the gate is.
@@ -89,12 +98,7 @@ class ProxyConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `proxy_config.json`."""
-        os.makedirs(save_directory, exist_ok=True)
-        path = os.path.join(save_directory, CONFIG_NAME)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file, indent=2)
-            file.write("\n")
-        os.replace(path + ".tmp", path)
+        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike, **hub_kwargs) -> "ProxyConfig":

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
+from .config import write_text
 from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
 
 RUN_FILE = "run.json"
@@ -262,9 +263,7 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
     """
     args = trainer.args
     if trainer.accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
-        with open(os.path.join(args.output_dir, RUN_FILE), "w", encoding="utf-8") as file:
-            json.dump(run, file, indent=2)
+        write_text(os.path.join(args.output_dir, RUN_FILE), json.dumps(run, indent=2))
     rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
     cycle = rollout // args.gradient_accumulation_steps
     clock = RunClock(run_args.max_train_seconds, seconds_before, cycle)
