@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir $(OUT)/proxy
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies $(OUT)/proxy \
 		--output_dir $(OUT)
-	$(BIN)/python scripts/report.py $(OUT) --trained $(OUT)/proxy
+	$(BIN)/python scripts/report.py $(OUT)
 
 # The table of the README: three seeds, half an hour of training.
 results: $(INSTALLED)
@@ -34,6 +34,7 @@ results: $(INSTALLED)
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
 		--proxies outputs/results/seed0 outputs/results/seed1 outputs/results/seed2 --best_of 2 4 \
 		--output_dir outputs/results
+	$(BIN)/python scripts/report.py outputs/results
 
 # The other table: harmlessness alone.
 results-harmless: $(INSTALLED)

@@ -16,7 +16,7 @@ from eval.stats import Interval, paired_delta, seeds_mean_ci, win_scores
 NOTES = (
     "Deltas (Δ) and win rates are against greedy SFT, paired by prompt; a tie counts as half a win. Brackets are 95 % "
     "intervals: over prompts for one seed (BCa bootstrap, Wilson for win rates), over seeds and prompts together for "
-    "several (bootstrap of both; with two or three seeds rather too narrow). Gold: a reward that no method trains on. "
+    "several (both as samples, with Student's t). Gold: a reward that no method trains on. "
     "LM log-prob: nats per response token under the frozen LM. LM forwards: per response token. Speed: tokens per "
     "second over SFT's in the same run. Refusals: by phrases, see `eval/refusals.py`."
 )
