@@ -406,6 +406,9 @@ def write_card(script_args, args, config: dict, metrics: dict, train: dict[str, 
         max_length=script_args.max_length,
         split_seed=script_args.split_seed,
         cut_share=script_args.cut_share,
+        chosen="These pairs chose no setting."
+        if script_args.train_on_heldout
+        else "The settings were chosen on\nthese pairs, so the figures are slightly optimistic.",
         n_train=" and ".join(f"{len(rows):,} {name}" for name, rows in train.items()),
         tables="\n".join(lines),
     )
@@ -437,8 +440,7 @@ Seed {seed}, split seed {split_seed}; {n_train} training pairs. In training
 response is judged by what it says and not by its being short.
 
 ## Accuracy on held-out pairs
-95 % Wilson intervals. Length-matched: word counts (plus one) differ by less than 25 %. The settings were chosen on
-these pairs, so the figures are slightly optimistic.
+95 % Wilson intervals. Length-matched: word counts (plus one) differ by less than 25 %. {chosen}
 
 {tables}
 

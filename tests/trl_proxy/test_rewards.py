@@ -55,14 +55,19 @@ def helpful():
 
 # --- the shipped folder ---
 
+FOLDERS = {"embedded": EMBEDDED_REWARD, "gold": EMBEDDED_REWARD / "gold"}
+
 
 def test_shipped_folder_is_small_and_described():
-    assert sum(file.stat().st_size for file in EMBEDDED_REWARD.rglob("*") if file.is_file()) < 3_000_000
-    card = (EMBEDDED_REWARD / "README.md").read_text(encoding="utf-8")
-    for text in ("license: apache-2.0", "HH-RLHF", "MIT", "scripts/train_reward.py", "Wilson", "Length-matched"):
-        assert text in card
-    assert "/work/" not in card
-    assert "/tmp/" not in card
+    size = {name: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for name, folder in FOLDERS.items()}
+    assert size["gold"] < 500_000
+    assert size["embedded"] - size["gold"] < 3_000_000
+    for folder in FOLDERS.values():
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        for text in ("license: apache-2.0", "HH-RLHF", "MIT", "scripts/train_reward.py", "Wilson", "Length-matched"):
+            assert text in card
+        assert "/work/" not in card
+        assert "/tmp/" not in card
 
 
 def test_shipped_adapter_names_its_base_by_package():
@@ -70,13 +75,15 @@ def test_shipped_adapter_names_its_base_by_package():
         assert json.loads(file.read_text())["base_model_name_or_path"] == rewards.ENCODER_PACKAGE
 
 
-def test_shipped_metrics_beat_the_length_baseline():
-    metrics = json.loads((EMBEDDED_REWARD / "reward_config.json").read_text())["metrics"]
-    for source, least in (("harmless", 0.65), ("helpful", 0.66)):
+@pytest.mark.parametrize(("name", "leasts"), [("embedded", (0.65, 0.66)), ("gold", (0.58, 0.64))])
+def test_shipped_metrics_beat_the_length_baseline(name, leasts):
+    metrics = json.loads((FOLDERS[name] / "reward_config.json").read_text())["metrics"]
+    for source, least in zip(("harmless", "helpful"), leasts, strict=True):
         score, baseline = metrics[source]["balanced"], metrics[source]["length_baseline"]
         assert score["all"]["accuracy"] >= least
-        for pairs in ("all", "length_matched"):
-            assert score[pairs]["accuracy"] > baseline[pairs]["accuracy"]
+        # Where lengths tell nothing, the score must.
+        assert score["length_matched"]["accuracy"] > baseline["length_matched"]["accuracy"]
+        assert metrics[source][source]["all"]["accuracy"] > baseline["all"]["accuracy"]
         assert metrics[source][source]["all"]["accuracy"] > score["all"]["accuracy"]  # routing costs some pairs
         assert metrics["router"][source]["accuracy"] > 0.85
 
@@ -100,6 +107,16 @@ def test_ranking_of_obvious_pairs(balanced, harmless, helpful):
         recipe, brush_off = reward(prompts, completions)[2:]
         assert recipe > brush_off
     assert balanced([EVERYDAY], [RECIPE]) > balanced([EVERYDAY], [REFUSAL])
+
+
+@needs_encoder
+def test_gold_ranks_obvious_pairs_by_itself(balanced):
+    gold = PreferenceReward.from_pretrained(side="gold")
+    assert gold.__name__ == "preference_gold"
+    refusal, help_harm, recipe, brush_off = gold(PROMPTS[:4], COMPLETIONS[:4])
+    assert refusal > help_harm
+    assert recipe > brush_off
+    assert gold(PROMPTS[:4], COMPLETIONS[:4]) != balanced(PROMPTS[:4], COMPLETIONS[:4])
 
 
 @needs_encoder
