@@ -208,6 +208,13 @@ class ProxyPPOConfig(PPOConfig):
             "responses stay what the LM finds plausible. Unlike `beta` it does not ask the gate to be undecided."
         },
     )
+    replay_rollouts: int = field(
+        default=1,
+        metadata={
+            "help": "Rollouts that an update learns from, the newest and those before it: minibatches hold so many "
+            "times more responses, at the price of their memory, and no LM runs for them."
+        },
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Responses decoded at once on each device; all of a rollout's if not set."}
     )
@@ -216,6 +223,8 @@ class ProxyPPOConfig(PPOConfig):
         super().__post_init__()
         if self.gradient_checkpointing:
             raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
+        if self.replay_rollouts < 1:
+            raise ValueError(f"`replay_rollouts` must be at least 1, got {self.replay_rollouts}.")
         if self.ddp_find_unused_parameters is None:
             # Every update runs the gate and the critic; the LM is in neither.
             self.ddp_find_unused_parameters = False

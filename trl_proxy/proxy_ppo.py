@@ -8,6 +8,7 @@ import time
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
 from torch import nn
 from trl.data_utils import is_conversational
 from trl.trainer.utils import pad
@@ -47,6 +48,8 @@ It was trained by PPO with `trl-proxy`, on {dataset}, with the reward: {rewards}
 
 # Decisions whose features are made and judged at once outside the update.
 _CHUNK = 8192
+# Beside the rollout itself.
+_READ_BY_LOSS = ("action_mask", "action_log_probs", "advantages_per_step", "state_values", "returns")
 
 
 class ProxyPPOTrainer(ActorCriticTrainer):
@@ -109,6 +112,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         )
         args.beta = beta
         self._rollout: Rollout | None = None
+        self._replay: list[dict[str, torch.Tensor]] = []
 
     # Rollout
 
@@ -207,6 +211,37 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             batch["step_rewards"] = price * rollout.mask
         return batch
 
+    # Replay: features are cached, so a rollout can be learnt from for as long as PPO's ratio to the policy that made
+    # it stays near 1 (sample reuse as in Queeney et al. 2021, arXiv 2111.00072, with PPO's own clipping).
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training or self.args.replay_rollouts == 1:
+            return output
+        fresh = {name: x for name, x in output.items() if name in _READ_BY_LOSS or name.startswith("rollout_")}
+        self._replay = [*self._replay, fresh][-self.args.replay_rollouts :]
+        return {name: _cat([one[name] for one in self._replay]) for name in fresh}
+
+    def _replay_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"replay_{self.accelerator.process_index}.safetensors")
+
+    def _save_rng_state(self, output_dir):
+        """Beside the random numbers' state what else a resumed run needs of each process: the rollouts so far."""
+        super()._save_rng_state(output_dir)
+        if self._replay:
+            tensors = {f"{i}.{name}": x.clone() for i, one in enumerate(self._replay) for name, x in one.items()}
+            os.makedirs(output_dir, exist_ok=True)
+            save_file(tensors, self._replay_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and os.path.isfile(path := self._replay_file(checkpoint)):
+            rollouts: dict[int, dict[str, torch.Tensor]] = {}
+            for key, x in load_file(path, device=str(self.accelerator.device)).items():
+                i, name = key.split(".", 1)
+                rollouts.setdefault(int(i), {})[name] = x
+            self._replay = [rollouts[i] for i in sorted(rollouts)]
+
     def _standardise(self, model: ProxyModelForCausalLM, features: torch.Tensor) -> None:
         """Moments of the gate's input over the first rollout of all processes, kept from then on: observation
         normalisation (Andrychowicz et al. 2021, arXiv 2006.05990, section 3.3). The decisions of a new gate do not
@@ -288,13 +323,15 @@ def _concatenate(rollouts: list[Rollout]) -> Rollout:
     if len(rollouts) == 1:
         return rollouts[0]
 
-    def cat(tensors):
-        if tensors[0].dim() > 1:
-            width = max(x.shape[1] for x in tensors)
-            tensors = [F.pad(x, (*[0] * (2 * x.dim() - 4), 0, width - x.shape[1])) for x in tensors]
-        return torch.cat(tensors)
+    return Rollout(*(_cat(x) for x in zip(*rollouts)))
 
-    return Rollout(*(cat(x) for x in zip(*rollouts)))
+
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of several batches, `(B, ...)` each, with zeros where a row has fewer entries than the longest."""
+    if tensors[0].dim() > 1:
+        width = max(x.shape[1] for x in tensors)
+        tensors = [F.pad(x, (*[0] * (2 * x.dim() - 4), 0, width - x.shape[1])) for x in tensors]
+    return torch.cat(tensors)
 
 
 def _check_prompt_lengths(dataset, tokenizer, model: nn.Module, args: ProxyPPOConfig) -> None:

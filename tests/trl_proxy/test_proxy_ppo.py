@@ -116,8 +116,8 @@ def test_the_lm_is_unchanged_and_alone_the_proxy_is_saved(train, tiny_lm, tmp_pa
     assert not (tmp_path / "run" / ".partial").exists()
 
 
-@pytest.mark.parametrize("checkpoint", [8, 24, 32])
-def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, checkpoint):
+@pytest.mark.parametrize(("checkpoint", "replay"), [(8, 1), (24, 1), (32, 1), (8, 3), (24, 3)])
+def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, checkpoint, replay):
     def loaded_at_first():
         """A reward that builds a network when it is first called, as a reward model that is loaded late does."""
         network = []
@@ -129,8 +129,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, checkpoint)
         return reward
 
     # 64 prompts make 4 rollouts an epoch, 8 steps each: one checkpoint is at an epoch's end, one within the second.
-    whole = train(max_steps=40, save_steps=8, logging_steps=4, reward=loaded_at_first())
+    whole = train(max_steps=40, save_steps=8, logging_steps=4, reward=loaded_at_first(), replay_rollouts=replay)
     resumed = train(
+        replay_rollouts=replay,
         reward=loaded_at_first(),
         max_steps=40,
         save_steps=8,
@@ -142,6 +143,28 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, checkpoint)
     for name, value in whole.model.proxy.state_dict().items():
         assert torch.equal(value, resumed.model.proxy.state_dict()[name]), name
     assert logged(whole, "reward")[-2:] == logged(resumed, "reward")[-2:]
+
+
+def test_an_update_learns_from_the_last_rollouts(train):
+    """Minibatches hold rows of all of them, and the loss is the mean over their decisions."""
+    trainer = train(call=False, replay_rollouts=3)
+    trainer.model.train()
+    prompts = [{"prompt": prompt} for prompt in PROMPTS[:16] for _ in range(2)]
+    sizes = []
+    for _ in range(5):
+        trainer._step, trainer._buffered_inputs = 0, None
+        trainer._prepare_inputs(prompts)
+        sizes.append([len(batch["action_mask"]) for batch in trainer._buffered_inputs])
+    assert sizes == [[16, 16], [32, 32], [48, 48], [48, 48], [48, 48]]
+    torch.nn.init.normal_(trainer.model.gate.mlp[-1].weight, std=0.5)  # another policy than that of the rollouts
+    parts = trainer._replay
+    counts = torch.tensor([float(part["action_mask"].sum()) for part in parts])
+    losses = torch.stack([trainer._compute_loss(trainer.model, part) for part in parts])
+    joined = {name: torch.cat([batch[name] for batch in trainer._buffered_inputs]) for name in parts[0]}
+    assert len({part["action_mask"].shape[1] for part in parts}) > 1, "no padding was needed"
+    assert losses.std() > 1e-4
+    torch.testing.assert_close(trainer._compute_loss(trainer.model, joined), (losses * counts).sum() / counts.sum())
+    assert train(max_steps=8)._replay == []
 
 
 def test_checkpoints_wait_for_the_end_of_a_rollout(train, tmp_path):
@@ -285,6 +308,7 @@ def test_evaluation_takes_greedy_decisions(train):
         ({"gamma": 1.5}, "gamma"),
         ({"gae_lambda": -0.1}, "gae_lambda"),
         ({"temperature": 0.7}, "temperature"),
+        ({"replay_rollouts": 0}, "replay_rollouts"),
     ],
 )
 def test_bad_settings_are_one_sentence(train, config, message):
@@ -369,6 +393,8 @@ def test_trl_still_has_the_methods_that_are_overridden():
         "_get_train_sampler": ["dataset"],
         "_save_checkpoint": ["model", "trial"],
         "_get_output_dir": ["trial"],
+        "_save_rng_state": ["output_dir"],
+        "_load_rng_state": ["checkpoint"],
         "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
         "_load_best_model": [],
         "create_model_card": ["model_name", "dataset_name", "tags"],
