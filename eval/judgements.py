@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.harness import Run
 from eval.judge import Verdicts
-from eval.report import find_sft, group_records, kind_title, label
+from eval.report import find_sft, group_records, kind_title, label, mean_over_seeds
 from eval.stats import Interval, seeds_mean_ci, win_rate
 from trl_proxy.config import write_text
 
@@ -157,20 +157,12 @@ def judgement_table(judgements: list[dict]) -> tuple[list[str], list[list[str]]]
     for judgement in judgements:
         groups.setdefault((judgement["judge"], label(judgement)), []).append(judgement)
 
-    def mean(group: list[dict], *keys: str) -> float | None:
-        values = []
-        for judgement in group:
-            for key in keys:
-                judgement = judgement[key]
-            values.append(judgement)
-        return None if None in values else float(np.mean(values))
-
     rows = []
     for (judge, name), group in groups.items():
         interval = group[0]["ci95"]
         if len(group) > 1:
             interval = seeds_mean_ci(np.stack([judgement["verdicts"] for judgement in group]))
-        disagree = mean(group, "disagreement_rate")
+        disagree = mean_over_seeds(group, "disagreement_rate")
         tokens = [j[key] for j in group for key in ("prompt_tokens", "completion_tokens")]
         costs = [j["cost"] for j in group]
         rows.append(
@@ -178,9 +170,9 @@ def judgement_table(judgements: list[dict]) -> tuple[list[str], list[list[str]]]
                 judge,
                 name,
                 str(len(group)),
-                f"{mean(group, 'win_rate'):.2f} [{interval[0]:.2f}, {interval[1]:.2f}]",
-                *[f"{mean(group, 'by_kind', kind, 'win_rate'):.2f}" for kind in kinds],
-                f"{mean(group, 'tie_rate'):.0%}",
+                f"{mean_over_seeds(group, 'win_rate'):.2f} [{interval[0]:.2f}, {interval[1]:.2f}]",
+                *[f"{mean_over_seeds(group, 'by_kind', kind, 'win_rate'):.2f}" for kind in kinds],
+                f"{mean_over_seeds(group, 'tie_rate'):.0%}",
                 "n/a" if disagree is None else f"{disagree:.0%}",
                 str(sum(j["unparsed"] for j in group)),
                 "n/a" if None in tokens else f"{sum(tokens):,}",

@@ -178,18 +178,27 @@ def tables(records: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
     return [(gains, gain_rows), (costs, cost_rows)]
 
 
+def print_table(
+    headers: list[str], rows: list[list[str]], *, left: int = 1, width: int = 120, console: Console | None = None
+) -> None:
+    """A table in the terminal, the first `left` columns to the left; `width` is for a pipe, which has none."""
+    if console is None:
+        console = Console() if sys.stdout.isatty() else Console(width=width)  # not rich's 80
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def print_tables(records: list[dict], console: Console | None = None) -> None:
     """The comparison in the terminal."""
     if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=120)  # a pipe has no width: not rich's 80
+        console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(_title(records))
     for headers, rows in tables(records):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, header in enumerate(headers):
-            table.add_column(header, justify="left" if i == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(headers, rows, console=console)
 
 
 def _title(records: list[dict]) -> str:

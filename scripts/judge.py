@@ -36,9 +36,6 @@ from pathlib import Path
 from string import Template
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tqdm.auto import tqdm
 from trl import ModelConfig, TrlParser
 
@@ -62,6 +59,7 @@ from eval.judgements import (
     read_judgements,
     summarise_verdicts,
 )
+from eval.report import print_table
 from trl_proxy.defaults import EMBEDDED
 from trl_proxy.runs import load_policy
 
@@ -283,19 +281,6 @@ def judge_record(judging: Judging, record: dict, sft: dict) -> Judgement:
     )
 
 
-def print_table(judgements: list[dict], console: Console | None = None) -> None:
-    """All judgements in the terminal."""
-    if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe has no width: not rich's 80
-    headers, rows = judgement_table(judgements)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 def main(args: JudgeArguments, model_args: ModelConfig) -> None:
     """Checks the records and the settings, judges what is not judged yet, prints all judgements."""
     records = read_records(args.output_dir)
@@ -325,7 +310,7 @@ def main(args: JudgeArguments, model_args: ModelConfig) -> None:
                 tqdm.write(
                     f"{path}: {judgement.unparsed} answers of {judging.name} were none of A, B, tie and count as ties."
                 )
-    print_table(read_judgements(records, args.output_dir))
+    print_table(*judgement_table(read_judgements(records, args.output_dir)), left=2, width=160)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from trl import TrlParser
 
@@ -42,6 +40,7 @@ from eval.report import (
     kind_title,
     markdown_table,
     mean_over_seeds,
+    print_table,
     with_interval,
 )
 from trl_proxy.config import write_text
@@ -215,12 +214,7 @@ def main(args: SweepArguments) -> list[list[str]]:
         runner.stop()
         raise
     headers, rows = table(args)
-    drawn = Table()
-    for header in headers:
-        drawn.add_column(header, justify="right")
-    for row in rows:
-        drawn.add_row(*row)
-    (Console() if sys.stdout.isatty() else Console(width=140)).print(drawn)
+    print_table(headers, rows, left=0, width=140)
     write_text(Path(args.output_dir, "sweep.md"), markdown_table(headers, rows) + "\n")
     if args.method == "proxy" and len(args.grid) == 1 and not failed:
         key = next(iter(args.grid))

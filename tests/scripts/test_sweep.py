@@ -167,8 +167,9 @@ def test_every_recipe_is_understood(sweep, load_script, path, monkeypatch):
         train, compare = sweep.commands(args, cell)
         if args.method == "proxy":
             start = next(i for i, word in enumerate(train) if word.endswith("train_proxy.py"))
-            load_script("train_proxy").make_parser().parse_args_and_config(train[start + 1 :])
+            _, training_args, *_ = load_script("train_proxy").make_parser().parse_args_and_config(train[start + 1 :])
         else:
             start = train.index("--method")
-            load_script("train_baseline").parse(train[start:])
+            _, (_, training_args, _) = load_script("train_baseline").parse(train[start:])
+        assert (training_args.seed, training_args.output_dir) == (cell.seed, str(cell.folder))
         load_script("compare").make_parser().parse_args_and_config(compare[2:])
