@@ -25,7 +25,7 @@ from baselines.training import LoraModelConfig
 from trl_proxy.config import write_text
 from trl_proxy.defaults import load_prompts
 from trl_proxy.rewards import check_rewards, to_text
-from trl_proxy.runs import RunArguments, begin, fit, load_policy, reward_names
+from trl_proxy.runs import RunArguments, begin, fit, load_policy, reward_names, to_device
 
 PAIRS_FILE = "pairs.json"
 
@@ -142,7 +142,7 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
     mine = prompts.shard(state.num_processes, state.process_index, contiguous=True)
     pairs = gather_object(
         sample_pairs(
-            lm.to(state.device) if not getattr(lm, "is_quantized", False) else lm,
+            to_device(lm, state.device),
             tokenizer,
             mine,
             WeightedReward(rewards, run_args.reward_weights),

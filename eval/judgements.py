@@ -15,7 +15,7 @@ import numpy as np
 from eval.harness import Run
 from eval.judge import Verdicts
 from eval.report import find_sft, group_records, kind_title, label, mean_over_seeds
-from eval.stats import Interval, seeds_mean_ci, win_rate
+from eval.stats import Interval, seeds_rate_ci, win_rate
 from trl_proxy.config import write_text
 
 
@@ -161,7 +161,7 @@ def judgement_table(judgements: list[dict]) -> tuple[list[str], list[list[str]]]
     for (judge, name), group in groups.items():
         interval = group[0]["ci95"]
         if len(group) > 1:
-            interval = seeds_mean_ci(np.stack([judgement["verdicts"] for judgement in group]))
+            interval = seeds_rate_ci(np.stack([judgement["verdicts"] for judgement in group]))
         disagree = mean_over_seeds(group, "disagreement_rate")
         tokens = [j[key] for j in group for key in ("prompt_tokens", "completion_tokens")]
         costs = [j["cost"] for j in group]

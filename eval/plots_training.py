@@ -14,7 +14,8 @@ from eval.report import find_sft, group_records
 from trl_proxy.config import CONFIG_NAME
 from trl_proxy.runs import RUN_FILE
 
-Run = tuple[str | os.PathLike, float]  # a trainer_state.json, and the episodes that one optimizer step stands for
+# a trainer_state.json, and the episodes that one optimizer step stands for
+TrainingLog = tuple[str | os.PathLike, float]
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -30,7 +31,7 @@ def read_json(path: str | os.PathLike) -> dict:
     return content
 
 
-def training_log(folder: str | os.PathLike) -> Run:
+def training_log(folder: str | os.PathLike) -> TrainingLog:
     """The log history of a finished run of scripts/train_proxy.py or scripts/train_baseline.py, as the plots take it.
 
     Raises:
@@ -67,7 +68,7 @@ def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
     return np.stack([points[n - 1 :, 0], windows.mean(axis=1), half], axis=1)
 
 
-def _logged(run: Run, key: str) -> np.ndarray:
+def _logged(run: TrainingLog, key: str) -> np.ndarray:
     """The points of `key`; `ValueError` where the log has none."""
     points = training_points(*run, key)
     if len(points) == 0:
@@ -75,7 +76,7 @@ def _logged(run: Run, key: str) -> np.ndarray:
     return points
 
 
-def plot_training_curve(runs: dict[str, Run], path: str | os.PathLike, *, smooth: int = 5) -> Path:
+def plot_training_curve(runs: dict[str, TrainingLog], path: str | os.PathLike, *, smooth: int = 5) -> Path:
     """Reward against training episodes: rollouts faint, their running mean as a line, evaluations as markers.
 
     Args:
@@ -104,7 +105,9 @@ def plot_training_curve(runs: dict[str, Run], path: str | os.PathLike, *, smooth
         return drawing.save(figure, path)
 
 
-def plot_over_optimisation(runs: dict[str, Run], gold: str, path: str | os.PathLike, *, smooth: int = 5) -> Path:
+def plot_over_optimisation(
+    runs: dict[str, TrainingLog], gold: str, path: str | os.PathLike, *, smooth: int = 5
+) -> Path:
     """The training reward above, the gold reward below, against training episodes; bands are 95 % intervals of the
     running mean. A dotted line marks where a run's gold reward was highest: what the training reward gains after it
     is over-optimisation (Gao et al. 2023, arXiv 2210.10760).
@@ -141,7 +144,7 @@ class Cell(NamedTuple):
 
     value: float
     records: list[dict]
-    log: Run
+    log: TrainingLog
 
 
 def read_sweep(folder: str | os.PathLike, key: str) -> list[Cell]:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.stats import Interval, paired_delta, seeds_mean_ci, win_scores
+from eval.stats import Interval, paired_delta, seeds_mean_ci, seeds_rate_ci, win_scores
 
 NOTES = (
     "Deltas (Δ) and win rates are against greedy SFT, paired by prompt; a tie counts as half a win. Brackets are 95 % "
@@ -97,10 +97,7 @@ def win_rate_over_seeds(group: list[dict], sft: dict | None) -> tuple[float, Int
     if len(group) == 1:
         return group[0]["win_rate_vs_sft"], group[0]["win_rate_ci95"]
     scores = np.stack([win_scores(record["rewards"], sft["rewards"]) for record in group])
-    interval = seeds_mean_ci(scores)
-    if interval is not None:  # Student's t knows no bounds of a rate
-        interval = np.clip(interval, 0, 1).tolist()
-    return float(scores.mean()), interval
+    return float(scores.mean()), seeds_rate_ci(scores)
 
 
 def mean_over_seeds(group: list[dict], *keys: str) -> float | None:

@@ -122,6 +122,12 @@ def paired_delta_ci(values, baseline, **kwargs) -> Interval | None:
     return mean_ci(paired_delta(values, baseline), **kwargs)
 
 
+def seeds_rate_ci(matrix, **kwargs) -> Interval | None:
+    """`seeds_mean_ci` of scores in [0, 1], cut to that range, which Student's t does not know."""
+    interval = seeds_mean_ci(matrix, **kwargs)
+    return None if interval is None else np.clip(interval, 0, 1).tolist()
+
+
 def seeds_mean_ci(matrix, *, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> Interval | None:
     """Interval of the mean over training seeds *and* prompts, both of them samples.
 

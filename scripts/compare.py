@@ -42,12 +42,12 @@ from baselines.reward_model import load_callable_reward
 from baselines.training import BASELINES, load_trained
 from eval.harness import Run, evaluate_completions, evaluate_policy, prompts_sha256, read_record, read_records
 from eval.plots import draw_all
-from eval.plots_training import plot_training_curve
+from eval.plots_training import TrainingLog, plot_training_curve, training_log
 from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file, write_text
 from trl_proxy.defaults import EMBEDDED, load_prompts
-from trl_proxy.runs import RUN_FILE, flags, is_finished, load_policy
+from trl_proxy.runs import RUN_FILE, flags, is_finished, load_policy, to_device
 
 METHODS = ("sft", "proxy", "best_of_n")
 
@@ -144,10 +144,9 @@ class Trained:
     settings: dict  # fingerprints of its files
     adapter_bytes: int
     episodes: int | None
-    episodes_per_step: float | None
     train_seconds: float | None
     train_peak_memory_mb: float | None
-    trainer_state: Path | None
+    log: TrainingLog | None
 
 
 def make_parser() -> TrlParser:
@@ -256,14 +255,13 @@ def read_baseline(folder: str) -> Trained:
 
 def read_results(folder: str) -> dict:
     """What a training script measured, of finished runs."""
-    state_file, results_file = Path(folder, "trainer_state.json"), Path(folder, "train_results.json")
+    results_file = Path(folder, "train_results.json")
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
     return {
         "episodes": results.get("episodes"),
-        "episodes_per_step": results["episodes"] / results["steps"] if results else None,
         "train_seconds": results.get("train_seconds"),
         "train_peak_memory_mb": results.get("train_peak_memory_mb"),
-        "trainer_state": state_file if results and state_file.is_file() else None,
+        "log": training_log(folder) if results else None,
     }
 
 
@@ -384,8 +382,7 @@ def evaluate(
         for name in (first.reward_model, first.gold_reward_model)
     )
     lm, tokenizer = load_policy(model_args, args)
-    if not getattr(lm, "is_quantized", False):  # quantized weights are where they belong already
-        lm.to(device)
+    lm = to_device(lm, device)
     shared = (prompts, reward, gold_reward, lm, tokenizer)
     decoding = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     conversations = prompts["prompt"][:]
@@ -437,13 +434,10 @@ def draw(output_dir: str, trained: list[Trained]) -> None:
     records = read_records(output_dir)
     paths = draw_all(records, output_dir)
     # DPO sees no reward while it trains.
-    logged = [one for one in trained if one.trainer_state and one.episodes_per_step and one.method != "dpo"]
-    curves = {f"{one.method} ({one.variant}), seed {one.seed}": one for one in logged}
+    logged = [one for one in trained if one.log and one.method != "dpo"]
+    curves = {f"{one.method} ({one.variant}), seed {one.seed}": one.log for one in logged}
     if curves:
-        curve = Path(output_dir, "plots", "training_curve")
-        paths.append(
-            plot_training_curve({k: (p.trainer_state, p.episodes_per_step) for k, p in curves.items()}, curve)
-        )
+        paths.append(plot_training_curve(curves, Path(output_dir, "plots", "training_curve")))
     write_text(Path(output_dir, "samples.md"), samples_markdown(records))
     write_text(Path(output_dir, "report.md"), report_markdown(records, paths, output_dir))
     print_tables(records)

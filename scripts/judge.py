@@ -61,7 +61,7 @@ from eval.judgements import (
 )
 from eval.report import print_table
 from trl_proxy.defaults import EMBEDDED
-from trl_proxy.runs import load_policy
+from trl_proxy.runs import load_policy, to_device
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
     "reward": ("rewards", "reward_model"),
@@ -189,8 +189,7 @@ def text_judge(judge: PairwiseJudge, settings: dict, prices: tuple[float, float]
 def local_judge(args: JudgeArguments, model_args: ModelConfig, template: Template) -> Judging:
     """The causal LM that the model arguments name."""
     lm, tokenizer = load_policy(model_args, args)
-    if not getattr(lm, "is_quantized", False):  # quantized weights are where they belong already
-        lm.to("cuda" if torch.cuda.is_available() else "cpu")
+    lm = to_device(lm, "cuda" if torch.cuda.is_available() else "cpu")
     name = f"transformers {model_args.model_name_or_path or EMBEDDED}"
     settings = {
         "kind": "transformers",

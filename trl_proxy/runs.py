@@ -131,6 +131,11 @@ def load_policy(model_args: ModelConfig, args):
     )
 
 
+def to_device(lm, device):
+    """The LM on that device; quantized weights stay where they were loaded, which is where they belong."""
+    return lm if getattr(lm, "is_quantized", False) else lm.to(device)
+
+
 def identity(*configs) -> dict:
     """What makes a run the run it is, as JSON-ready values."""
     values = {k: v for config in configs for k, v in dataclasses.asdict(config).items() if k not in _NOT_IDENTITY}

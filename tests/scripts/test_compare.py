@@ -310,7 +310,7 @@ def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
     ProxyModelForCausalLM(tiny_lm(), ProxyConfig()).save_pretrained(tmp_path / "out" / "checkpoint-2")
     (tmp_path / "out" / "run.json").write_text(json.dumps({"seed": 9}))
     proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
-    assert (proxy.seed, proxy.episodes, proxy.trainer_state) == (9, None, None)
+    assert (proxy.seed, proxy.episodes, proxy.log) == (9, None, None)
     assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
 
 
