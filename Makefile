@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 		--output_dir $(OUT)
 	$(BIN)/python scripts/report.py $(OUT)
 
-# The table of the README: three seeds, half an hour of training.
+# The table of the README: three seeds.
 results: $(INSTALLED)
 	for seed in 0 1 2; do \
 		$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $$seed \
