@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.judgements import judgement_table
 from eval.refusals import is_refusal
 from eval.report import NOTES, find_sft, group_records, kind_title, label, mean_over_seeds, tables
 from eval.stats import paired_delta
@@ -67,6 +68,13 @@ PARAMETER_COLUMNS = {
         ".2f",
         "Divergence of the method's next-token distribution from the LM's, nats per token.",
     ),
+}
+JUDGE_COLUMNS = {
+    "judge": "Who decided which of two responses to a prompt is better: the method's or SFT's.",
+    "orders disagree": "Share of pairs on which the judge changed its mind when the responses changed places; a tie.",
+    "unparsed": "Answers of the judge that were no verdict.",
+    "tokens": "What the judge read and wrote.",
+    "cost": "Of those tokens, in the currency of the prices that were given.",
 }
 
 
@@ -178,13 +186,16 @@ def _csp_hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-def render_page(records: list[dict], figures: list[Path], runs: dict[str, dict] | None = None) -> str:
+def render_page(
+    records: list[dict], figures: list[Path], runs: dict[str, dict] | None = None, judgements: list[dict] | None = None
+) -> str:
     """The page.
 
     Args:
         records: of one comparison, as [`eval.harness.read_records`] gives them.
         figures: PNG files, in their order on the page.
         runs: name of a training -> its settings, from run.json and proxy_config.json.
+        judgements: of these records, as [`eval.judgements.read_judgements`] gives them.
 
     Returns:
         HTML, complete in itself.
@@ -210,6 +221,8 @@ def render_page(records: list[dict], figures: list[Path], runs: dict[str, dict] 
         methods=list(groups),
         summary=[(headers, rows, [(h, explain(h)) for h in headers]) for headers, rows in tables(records)],
         notes=NOTES,
+        judgements=judgement_table(judgements) if judgements else None,
+        judge_columns=list(JUDGE_COLUMNS.items()),
         parameters=(
             *parameter_table(records),
             [(name, text) for name, (_, _, text) in PARAMETER_COLUMNS.items()],

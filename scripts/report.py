@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from eval.harness import read_records
+from eval.judgements import read_judgements
 from eval.page import render_page
 from eval.plots import draw_all
 from eval.plots_training import (
@@ -83,6 +84,8 @@ def main(args: argparse.Namespace) -> Path:
     if args.gold and not curves:
         raise ValueError(f"--gold {args.gold} needs a finished training: name its folder with --trained.")
 
+    judgements = read_judgements(records, output_dir) if (output_dir / "judgements").is_dir() else []
+
     figures = draw_all(records, output_dir)
     if curves:
         figures.append(plot_training_curve(curves, output_dir / "plots" / "training_curve"))
@@ -92,7 +95,7 @@ def main(args: argparse.Namespace) -> Path:
         figures += draw_sweep(cells, key, output_dir)
 
     page = output_dir / "report.html"
-    write_text(page, render_page(records, figures, runs))
+    write_text(page, render_page(records, figures, runs, judgements))
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, {len(records)} records, {len(figures)} figures.")
     return page
 

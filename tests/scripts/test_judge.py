@@ -26,15 +26,17 @@ def judge(load_script):
 
 @pytest.fixture
 def records(tmp_path) -> dict[str, dict]:
-    """The first prompts of four real records under `tmp_path`, by name; `None`: no such record."""
+    """A few prompts of four real records under `tmp_path`, by name, no response like SFT's; `None`: no such record."""
     names = {"sft": "sft-seed0", "best": "best_of_n-n=4-seed0"}
     names |= {f"proxy{k}": f"proxy-prefix_pooled_features=True-seed{k}" for k in (0, 1)}
-    found = {}
-    for name, stem in names.items():
-        record = json.loads((ROOT / f"docs/records/results/{stem}.json").read_text(encoding="utf-8"))
+    folder = ROOT / "docs" / "records" / "results"
+    found = {name: json.loads((folder / f"{stem}.json").read_text(encoding="utf-8")) for name, stem in names.items()}
+    sft, *others = (record["responses"] for record in found.values())
+    rows = [i for i, response in enumerate(sft) if all(response != other[i] for other in others)][:N]
+    for record in found.values():
         for key in ("prompts", "responses", "rewards", "kinds"):
-            record[key] = record[key][:N]
-        found[name] = {**record, "n_prompts": N}
+            record[key] = [record[key][i] for i in rows]
+        record.update(n_prompts=N, gold_rewards=None, gold_reward_model=None)
     write(tmp_path, found)
     return found
 
@@ -99,7 +101,7 @@ def test_a_local_judge_goes_on_where_it_was(run, records, tmp_path, tiny_lm, tin
         assert {letter for pair in judgement["answers"] for letter in pair} <= {"A", "B"}
         assert judgement["prompt_tokens"] > 2 * N * 100
         both = [a != b for a, b in judgement["answers"]]
-        assert judgement["disagreement_rate"] == judgement["tie_rate"] == 1 - sum(both) / N
+        assert judgement["disagreement_rate"] == judgement["tie_rate"] == pytest.approx(1 - sum(both) / N)
     name = next(iter(first))
     (tmp_path / "judgements" / name).unlink()
     (tmp_path / "judgements" / name).with_suffix(".json.tmp").write_text('{"half a fi')

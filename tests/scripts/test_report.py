@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from trl import ModelConfig
 
 RESULTS = Path(__file__).parents[2] / "docs" / "records" / "results-harmless"
 
@@ -87,6 +88,19 @@ def test_named_folders_alone_are_read(report, run, compared, tmp_path, monkeypat
     assert "<td>0.00456</td>" in html
     assert "0.00987" not in html
     assert not (compared / "plots").exists()
+
+
+def test_what_judges_say_is_on_the_page(report, run, compared, load_script, monkeypatch):
+    monkeypatch.setattr(report, "draw_all", lambda *args: [])
+    assert 'id="judges"' not in run(compared).read_text(encoding="utf-8")
+    judge = load_script("judge")
+    judge.main(judge.JudgeArguments(judges=["reward"], output_dir=str(compared)), ModelConfig())
+    html = run(compared).read_text(encoding="utf-8")
+    section = html[html.index('id="judges"') : html.index('id="figures"')]
+    [judgement] = [json.loads(path.read_text()) for path in (compared / "judgements").glob("*/*.json")]
+    assert judgement["judge"] in section
+    low, high = judgement["ci95"]
+    assert f"<td>{judgement['win_rate']:.2f} [{low:.2f}, {high:.2f}]</td>" in section
 
 
 @pytest.mark.parametrize(
