@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from trl import is_conversational
 
 from trl_proxy.rewards import check_rewards, length_buckets
+from trl_proxy.rollout import trace
 
 # For `logits_to_keep`: the last position by its index. For the slice that `generate` takes by itself, torch on a CPU
 # copies the weights of the head once per row of the batch.
@@ -35,6 +37,7 @@ class Completions:
         lm_forwards: forwards of the LM, counted per row and while the row was unfinished: n tokens of plain decoding
             are n, whatever the batch. For best-of-n those of all samples.
         stats: what only some methods have: `reject_rate`, `accepted_rank_mean`.
+        trace: of a proxy, for every token of every response its text and the texts that were rejected before it.
     """
 
     texts: list[str]
@@ -42,6 +45,7 @@ class Completions:
     seconds: float
     lm_forwards: int
     stats: dict[str, float | None] = field(default_factory=dict)
+    trace: list[list[tuple[str, list[str]]]] | None = None
 
 
 class Policy(Protocol):
@@ -178,7 +182,7 @@ class ProxyPolicy:
         `accepted_rank_mean` (rejections before the accepted token, per token)."""
         torch.manual_seed(self.seed)
         start = time.perf_counter()
-        batches, totals = [], Counter()
+        batches, traced, totals = [], [], Counter()
         for indices, token_ids, output in generate_batches(
             self.model,
             self.tokenizer,
@@ -188,8 +192,10 @@ class ProxyPolicy:
             desc="proxy",
             do_sample=False,
             gate_sample=self.gate_sample,
+            output_rollout=True,
         ):
             batches.append((indices, token_ids))
+            traced.append((indices, trace(output.rollout, token_ids)))
             totals.update({name: int(per_row.sum()) for name, per_row in output.decisions._asdict().items()})
         token_ids = in_order(batches)
         texts = decode_texts(self.tokenizer, token_ids)
@@ -198,4 +204,10 @@ class ProxyPolicy:
             "reject_rate": totals["rank_sum"] / decided if decided else None,
             "accepted_rank_mean": totals["rank_sum"] / totals["tokens"],
         }
-        return Completions(texts, token_ids, time.perf_counter() - start, totals["lm_forwards"], stats)
+        seconds = time.perf_counter() - start
+        decode = cache(lambda token_id: self.tokenizer.decode([token_id]))
+        texts_of_traces = [
+            [(decode(token.token_id), [decode(candidate) for candidate in token.rejected]) for token in response]
+            for response in in_order(traced)
+        ]
+        return Completions(texts, token_ids, seconds, totals["lm_forwards"], stats, texts_of_traces)

@@ -107,6 +107,7 @@ class Record(Run):
     gold_rewards: list[float] | None
     kinds: list[str] | None
     prompts: list[str]
+    trace: list | None  # of every token of every response: its text, and the texts that were rejected before it
 
     def write(self, output_dir: str | os.PathLike) -> Path:
         """Writes the record and returns its path."""
@@ -127,9 +128,10 @@ def read_record(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no whole JSON file ({error}): delete it and evaluate again.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} is no record but a JSON {type(record).__name__}: delete it and evaluate again.")
+    record.setdefault("trace", None)  # records had none once, and can do without
     if missing := Record.__dataclass_fields__.keys() - record.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
-    for name in ("rewards", "responses", "prompts", "gold_rewards", "kinds"):
+    for name in ("rewards", "responses", "prompts", "gold_rewards", "kinds", "trace"):
         values, expected = record[name], record["n_prompts"]
         if values is not None and len(values) != expected:
             raise ValueError(f"{path} has {len(values)} {name} for {expected} prompts: delete it and evaluate again.")
@@ -288,6 +290,7 @@ def evaluate_completions(
         gold_rewards=gold_rewards,
         kinds=kinds,
         prompts=[to_text(prompt, "user") for prompt in conversations],
+        trace=completions.trace,
     )
     record.write(output_dir)
     return asdict(record)

@@ -168,6 +168,7 @@ def browser_data(records: list[dict]) -> dict:
                     "gains": None if gains is None or record["method"] == "sft" else np.round(gains, 4).tolist(),
                     "gold": None if record["gold_rewards"] is None else np.round(record["gold_rewards"], 4).tolist(),
                     "refused": list(map(is_refusal, record["responses"])),
+                    "trace": record["trace"],
                     "responses": [difference(a, b) for a, b in zip(record["responses"], others, strict=True)],
                 }
             )
@@ -239,7 +240,7 @@ def render_page(
             for title, key in (("command", "command"), ("git commit", "git_commit"), ("started at", "started_at"))
         ],
         versions=sorted({", ".join(f"{name} {version}" for name, version in r["versions"].items()) for r in records}),
-        has_proxy=any(r["method"] == "proxy" for r in records),
+        has_trace=any(r["trace"] for r in records),
         has_sft=find_sft(records) is not None,
         data=browser_data(records),
         style=style,

@@ -17,6 +17,7 @@ from transformers import TextStreamer, set_seed
 
 from trl_proxy import ProxyModelForCausalLM
 from trl_proxy.defaults import EMBEDDED, load_lm
+from trl_proxy.rollout import trace
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,22 +38,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def trace_text(tokenizer, output, prompt_width: int) -> Text:
     """The response of the first row with its rejected proposals, for a terminal."""
-    rollout, text = output.rollout, Text()
-    asked = rollout.mask[0]
-    decisions = zip(*(x[0][asked].tolist() for x in (rollout.positions, rollout.token_ids, rollout.accept)))
-    offered: dict[int, list[tuple[int, bool]]] = {}
-    for position, token, accept in decisions:
-        offered.setdefault(position, []).append((token, accept))
     response = output.sequences[0, prompt_width : prompt_width + int(output.decisions.tokens[0])].tolist()
-    for position, token in enumerate(response):
-        style = None
-        for candidate, accept in offered.get(position, []):
-            if accept:
-                style = "green"
-            else:
-                # A line break that was rejected must not break the line.
-                text.append(tokenizer.decode([candidate]).replace("\n", "\\n"), "red strike")
-        text.append(tokenizer.decode([token]), style)
+    text = Text()
+    for token in trace(output.rollout, [response])[0]:
+        for candidate in token.rejected:
+            # A line break that was rejected must not break the line.
+            text.append(tokenizer.decode([candidate]).replace("\n", "\\n"), "red strike")
+        text.append(tokenizer.decode([token.token_id]), "green" if token.asked else None)
     return text
 
 

@@ -164,3 +164,30 @@ def record_events(events: list[Event], token_log_probs: torch.Tensor) -> Rollout
         lm_log_probs=padded(event.lm_log_probs),
         token_log_probs=token_log_probs,
     )
+
+
+class TracedToken(NamedTuple):
+    """A token of a response with the candidates that were rejected before it, as in Figure 1 of the paper.
+
+    `asked` is False where the token was taken without a decision, being the last candidate of its position.
+    """
+
+    token_id: int
+    rejected: list[int]
+    asked: bool
+
+
+def trace(rollout: Rollout, responses: list[list[int]]) -> list[list[TracedToken]]:
+    """What was proposed for every token of the responses (token ids without padding): one list per row, to be read."""
+    traced = []
+    columns = (x.tolist() for x in (rollout.positions, rollout.token_ids, rollout.accept, rollout.mask))
+    for response, *decisions in zip(responses, *columns, strict=True):
+        tokens = [TracedToken(token, [], False) for token in response]
+        for position, candidate, accept, is_decision in zip(*decisions, strict=True):
+            if is_decision and position < len(tokens):
+                if accept:
+                    tokens[position] = tokens[position]._replace(asked=True)
+                else:
+                    tokens[position].rejected.append(candidate)
+        traced.append(tokens)
+    return traced

@@ -35,6 +35,23 @@ function answer(column, row) {
   });
   if (!text.textContent.trim()) text.append(element("em", "(empty)"));
   made.append(text);
+  if (column.trace) made.append(decisions(column.trace[row]));
+  return made;
+}
+
+// Filled when it is opened first: a page of traces has thousands of elements.
+function decisions(tokens) {
+  const made = element("details");
+  const rejected = tokens.reduce((sum, [, candidates]) => sum + candidates.length, 0);
+  made.append(element("summary", `Decisions: ${rejected} rejected, ${tokens.length} accepted`));
+  made.addEventListener("toggle", () => {
+    const text = element("p", undefined, "text");
+    for (const [token, candidates] of tokens) {
+      for (const candidate of candidates) text.append(element("del", candidate.replaceAll("\n", "\u21b5")));
+      text.append(element("ins", token));
+    }
+    made.append(text);
+  }, { once: true });
   return made;
 }
 

@@ -63,6 +63,7 @@ def make_record():
             "top_4gram_share": None,
             "gold_rewards": None,
             "kinds": kinds,
+            "trace": None,
             "prompts": [f"question {i}" for i in range(len(rewards))],
         }
         return asdict(Record(**{**fields, **overrides}))

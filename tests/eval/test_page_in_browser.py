@@ -42,9 +42,9 @@ def records(make_record):
     responses = [record["responses"][:44] for record in real]
     responses[1][:2] = [HOSTILE, LONG_WORD]
     sft = make_record("sft", rewards[0], responses=responses[0], prompts=prompts, model=HOSTILE)
-    proxy = make_record(
-        "proxy", rewards[1], sft, variant="prefix", responses=responses[1], prompts=prompts, model=HOSTILE
-    )
+    trace = [[[HOSTILE, ["<b>no</b>", "\n"]], [" end", []]]] * 44
+    texts = {"responses": responses[1], "prompts": prompts, "trace": trace}
+    proxy = make_record("proxy", rewards[1], sft, variant="prefix", model=HOSTILE, **texts)
     best = make_record("best_of_n", [1.0] * 44, sft, variant="n=2", prompts=prompts, model=HOSTILE)
     return [sft, best, proxy]
 
@@ -188,6 +188,19 @@ def test_numbers_and_marks(page, records):
     assert marked
     assert set(words) - set(sft["responses"][2].split()) <= set(marked) <= set(words)
     assert page.locator("article").nth(2).locator(".answer").nth(0).locator("mark").count() == 0
+
+
+def test_decisions_on_demand(page):
+    decisions = page.locator("article").first.locator("details")
+    assert decisions.count() == 1  # the proxy's
+    assert decisions.locator("summary").inner_text() == "Decisions: 2 rejected, 2 accepted"
+    assert decisions.locator("del").count() == 0
+    for _ in range(3):  # opened, closed and opened again
+        decisions.locator("summary").click()
+    page.wait_for_timeout(100)
+    assert decisions.locator("del").all_inner_texts() == ["<b>no</b>", "\u21b5"]
+    assert decisions.locator("ins").all_text_contents() == [HOSTILE, " end"]
+    assert page.locator("article b, article img").count() == 0
 
 
 def test_it_works_without_a_mouse(page):

@@ -1,6 +1,7 @@
 """Tests of `scripts/compare.py`: a whole comparison of tiny models on disk, resuming, and its error messages."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -129,7 +130,17 @@ def test_a_whole_comparison(run, tmp_path, capsys):
     assert proxy["total_parameters"] == sft["total_parameters"] + proxy["trainable_parameters"]
     assert sft["trainable_parameters"] == 0
 
+    # what was rejected, and what was written
+    for record in (proxy, records["proxy-candidate_p_t=0.02-seed6"]):
+        tokens = [token for response in record["trace"] for token in response]
+        assert len(tokens) == pytest.approx(6 * record["response_tokens_mean"])
+        rejections = sum(len(rejected) for _, rejected in tokens)
+        assert rejections == pytest.approx(record["accepted_rank_mean"] * len(tokens))
+        for response, traced in zip(record["responses"], record["trace"], strict=True):
+            assert re.sub("<.?[a-z]+>", "", "".join(text for text, _ in traced)) == response  # special tokens show
+
     # what a method cannot have is null
+    assert sft["trace"] is None
     assert sft["kl_to_lm"] == 0.0
     assert proxy["kl_to_lm"] > 0
     assert records["proxy-candidate_p_t=0.02-seed6"]["kl_to_lm"] is None
