@@ -193,6 +193,18 @@ def summarise(rewards, gold_rewards, texts, baseline) -> dict:
     return summary
 
 
+def _settle_ties(values: list[float] | None, texts: list[str], baseline: dict, name: str) -> list[float] | None:
+    """The scores, those of SFT's own responses being SFT's where only rounding parts them: who shares a batch moves a
+    score by about 1e-6, which would decide a tie."""
+    if values is None or baseline[name] is None:
+        return values
+    rows = zip(values, texts, baseline[name], baseline["responses"], strict=True)
+    return [
+        theirs if text == same and math.isclose(mine, theirs, abs_tol=1e-4) else mine
+        for mine, text, theirs, same in rows
+    ]
+
+
 def _pick(values: list | None, rows: list[int]) -> list | None:
     return None if values is None else [values[i] for i in rows]
 
@@ -244,6 +256,9 @@ def evaluate_completions(
     columns = {name: prompts[name][:] for name in prompts.column_names if name != "prompt"}
     rewards = score(reward, conversations, texts, **columns)
     gold_rewards = None if gold_reward is None else score(gold_reward, conversations, texts, **columns)
+    if baseline_record is not None:
+        rewards = _settle_ties(rewards, texts, baseline_record, "rewards")
+        gold_rewards = _settle_ties(gold_rewards, texts, baseline_record, "gold_rewards")
     overall = summarise(rewards, gold_rewards, texts, baseline_record)
 
     kinds, by_kind = columns.get("kind"), {}

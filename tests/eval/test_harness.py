@@ -143,6 +143,19 @@ def test_another_method_is_paired_with_sft(evaluate):
     assert (record["tokens_per_second_sft"], record["reject_rate"], record["accepted_rank_mean"]) == (20.0, 0.25, None)
 
 
+def test_rounding_does_not_part_equal_responses(evaluate):
+    calls = []
+
+    def noisy(prompts, completions, **columns):
+        calls.append(None)
+        return [value + 1e-6 * len(calls) for value in vowels(prompts, completions)]
+
+    sft = evaluate(SFT, gold=noisy)
+    gold = evaluate(OTHER, "best_of_n", sft, gold=noisy)["gold_rewards"]
+    assert gold[0] == sft["gold_rewards"][0]  # the same text
+    assert gold[1] == pytest.approx(0.2 + 2e-6, abs=1e-9)  # another one
+
+
 def test_without_a_gold_reward_its_keys_are_null(evaluate):
     record = evaluate(OTHER, "best_of_n", evaluate(SFT, gold=None), gold=None)
     assert [record[key] for key in record if key.startswith("gold")] == [None] * 6
