@@ -237,9 +237,9 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and os.path.isfile(path := self._replay_file(checkpoint)):
             rollouts: dict[int, dict[str, torch.Tensor]] = {}
-            for key, x in load_file(path, device=str(self.accelerator.device)).items():
+            for key, x in load_file(path).items():
                 i, name = key.split(".", 1)
-                rollouts.setdefault(int(i), {})[name] = x
+                rollouts.setdefault(int(i), {})[name] = x.to(self.accelerator.device)
             self._replay = [rollouts[i] for i in sorted(rollouts)]
 
     def _standardise(self, model: ProxyModelForCausalLM, features: torch.Tensor) -> None:

@@ -244,7 +244,8 @@ def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
 
 
 def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
-    """Two gloo ranks on the CPU, launched as on two GPUs; a signal to one of them, or its bad reward, stops both."""
+    """Two gloo ranks on the CPU, launched as on two GPUs; a signal to one of them, or its bad reward, stops both. The
+    same command goes on to the same result."""
 
     def run_both(**flags):
         with socket.socket() as probe:  # a port of its own for each launch
@@ -256,7 +257,7 @@ def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
             "--main_process_port", str(port), str(ROOT / "scripts" / "train_proxy.py"),
         ]  # fmt: skip
         return subprocess.run(
-            [*launch, *tiny_run(per_device_train_batch_size=2, num_generations=2, **flags)],
+            [*launch, *tiny_run(per_device_train_batch_size=2, num_generations=2, replay_rollouts=2, **flags)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(tmp_path), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -265,6 +266,8 @@ def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
             timeout=180,
         )
 
+    result = run_both(max_steps=12, output_dir=tmp_path / "whole")
+    assert result.returncode == 0, result.stderr[-2000:]
     rewards = (tmp_path / "my_rewards.py").read_text()
     when = "os.environ['RANK'] == '1' and os.path.isdir('out/checkpoint-4')"
     (tmp_path / "my_rewards.py").write_text(SIGNALLING.format(when=when, name="SIGTERM"))
@@ -279,6 +282,8 @@ def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 12
+    whole, again = (load_file(tmp_path / name / "proxy_model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
     model = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "out")
     assert model.gate.mlp[-1].weight.abs().sum() > 0
 
