@@ -41,7 +41,7 @@ results-harmless: $(INSTALLED)
 	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu_harmless.yaml \
 		--output_dir outputs/results-harmless/seed0
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
-		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless --best_of 2 4 \
+		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless --methods sft proxy \
 		--output_dir outputs/results-harmless
 
 # Baselines too, from their recipes: about three hours. What is finished is not done again.
