@@ -22,8 +22,9 @@ from .gate import accepted_rank, decide
 from .rollout import Decisions, Event, ProxyGenerateOutput, Step, record_events
 
 # With candidate features and at most so many unfinished rows, all candidates of a position are judged in one forward:
-# where the LM's weights are what a forward costs, a few tokens more are nearly free (see docs/results.md).
-TREE_ROWS = 2
+# where reading the LM's weights is what a forward costs, a few tokens more are nearly free. On a CPU they are not:
+# there the tree ran at 0.68 of plain decoding's speed at batch 1, one after the other at 0.79 (docs/results.md).
+TREE_ROWS = {"cpu": 0, "default": 2}
 
 
 def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
@@ -385,7 +386,9 @@ class _CandidateLoop:
         return torch.isin(token, self.eos) | (self.active.length + 1 >= self.max_new_tokens)
 
     def _as_tree(self) -> bool:
-        return len(self.active.rows) <= TREE_ROWS if self.tree is None else self.tree
+        if self.tree is not None:
+            return self.tree
+        return len(self.active.rows) <= TREE_ROWS.get(self.device.type, TREE_ROWS["default"])
 
     def _tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """What to add to attention's scores, `(A, 1, n, width)`: a candidate sees what was accepted, and itself."""
@@ -472,7 +475,8 @@ def candidate_decode(
         output_rollout: also return the [`rollout.Rollout`].
         repeats: every so many consecutive rows share a prompt, which is read once.
         tree: judge all candidates of a position in one forward, as the leaves of a tree, instead of one after the
-            other. By default where at most `TREE_ROWS` rows are unfinished and the attention takes such a mask.
+            other. By default where the device has at most `TREE_ROWS` unfinished rows and the attention takes such a
+            mask.
 
     Returns:
         [`ProxyGenerateOutput`]; `sequences` is `(batch, prompt length + longest response)`, padded on the right.

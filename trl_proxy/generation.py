@@ -42,7 +42,7 @@ class GatedGeneration:
             threshold: in place of the configuration's; see `gate.decide`.
             output_rollout: also return what training needs, [`rollout.Rollout`] (implies `return_dict_in_generate`).
             tree: with candidate features, judge all candidates of a position in one forward; by default where few
-                rows are decoded. With prefix features all are judged at once anyway.
+                rows are decoded, and not on a CPU. With prefix features all are judged at once anyway.
             generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is
                 that of the proposals. `do_sample` and the truncations (`top_k`, ...) do not apply: `p_t` and
                 `max_candidates` of the configuration decide what is proposed.

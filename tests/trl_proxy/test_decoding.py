@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM, decoding
 
 FEATURES = ("prefix", "candidate")
 KINDS = ("llama", "gpt2", "qwen2")
@@ -217,8 +217,9 @@ def test_batch_equals_single(tiny_lm, ragged_batch, with_random_gate, features, 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_candidates_one_by_one_or_as_a_tree(tiny_lm, ragged_batch, with_random_gate, kind, attn):
+def test_candidates_one_by_one_or_as_a_tree(tiny_lm, ragged_batch, with_random_gate, monkeypatch, kind, attn):
     """The same tokens and decisions, also where the way changes while some rows are in the middle of a position."""
+    monkeypatch.setitem(decoding.TREE_ROWS, "cpu", 2)
     prompts = ragged_batch((9, 2, 6, 1, 4, 9))
     config = ProxyConfig(features="candidate", p_t=0.02, max_candidates=6)
     model = with_random_gate(tiny_lm(kind, attn=attn), config, bias=-0.5)
