@@ -75,7 +75,13 @@ def test_a_sweep_goes_on_after_a_kill(sweep, arguments, tmp_path, capsys):
     recipe = tmp_path / "sweep.yaml"
     recipe.write_text(yaml.safe_dump(arguments))
     command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--config", str(recipe)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     good, bad = (tmp_path / "cells" / f"max_candidates={n}-seed0" for n in (4, 0))
     end = time.monotonic() + 120
     while not list(good.glob("checkpoint-*")) and time.monotonic() < end:
