@@ -257,11 +257,12 @@ def read_results(folder: str) -> dict:
     """What a training script measured, of finished runs."""
     results_file = Path(folder, "train_results.json")
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
+    has_log = bool(results) and Path(folder, "trainer_state.json").is_file()
     return {
         "episodes": results.get("episodes"),
         "train_seconds": results.get("train_seconds"),
         "train_peak_memory_mb": results.get("train_peak_memory_mb"),
-        "log": training_log(folder) if results else None,
+        "log": training_log(folder) if has_log else None,
     }
 
 

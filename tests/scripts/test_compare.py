@@ -322,6 +322,10 @@ def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
     (tmp_path / "out" / "run.json").write_text(json.dumps({"seed": 9}))
     proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
     assert (proxy.seed, proxy.episodes, proxy.log) == (9, None, None)
+    # Without its log a training's curve is not drawn; the rest is known.
+    (tmp_path / "out" / "checkpoint-2" / "train_results.json").write_text(json.dumps({"episodes": 24, "steps": 3}))
+    proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
+    assert (proxy.episodes, proxy.log) == (24, None)
     assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
 
 
