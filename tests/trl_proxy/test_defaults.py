@@ -32,6 +32,16 @@ def test_prompts_are_many_labelled_and_balanced():
         assert all(len(p) == 1 and p[0]["role"] == "user" and len(p[0]["content"]) > 10 for p in part["prompt"])
 
 
+def test_splits_add_up_and_come_by_kind():
+    train, test = load_prompts("embedded", "train"), load_prompts("embedded", "test_harm_adjacent")
+    assert test["kind"][:] == ["harm_adjacent"] * 128
+    twice = load_prompts("embedded", "train+train_everyday")
+    assert twice[: len(train)] == train[:]
+    assert twice[len(train) :] == train.filter(lambda row: row["kind"] == "everyday")[:]
+    with pytest.raises(ValueError, match="train_everyday, not 'train_weekly'"):
+        load_prompts("embedded", "train+train_weekly")
+
+
 def test_no_prompt_has_a_near_duplicate_in_another_split():
     sets = {
         split: [words(p[0]["content"]) for p in load_prompts("embedded", split)["prompt"]] for split in defaults.SPLITS
@@ -52,7 +62,7 @@ def test_prompt_data_from_files(tmp_path):
     path.write_text('{"question": "Hello"}\n')
     with pytest.raises(ValueError, match="no `prompt` column, only question"):
         load_prompts(str(path), "train")
-    with pytest.raises(ValueError, match="train, validation, test, not 'dev'"):
+    with pytest.raises(ValueError, match="train_everyday, not 'dev'"):
         load_prompts("embedded", "dev")
 
 
