@@ -182,7 +182,7 @@ class ProxyPolicy:
         `accepted_rank_mean` (rejections before the accepted token, per token)."""
         torch.manual_seed(self.seed)
         start = time.perf_counter()
-        batches, traced, totals = [], [], Counter()
+        batches, rollouts, totals = [], [], Counter()
         for indices, token_ids, output in generate_batches(
             self.model,
             self.tokenizer,
@@ -195,7 +195,8 @@ class ProxyPolicy:
             output_rollout=True,
         ):
             batches.append((indices, token_ids))
-            traced.append((indices, trace(output.rollout, token_ids)))
+            # What the gate read is not needed here, and large.
+            rollouts.append((indices, output.rollout._replace(hidden=None)))
             totals.update({name: int(per_row.sum()) for name, per_row in output.decisions._asdict().items()})
         token_ids = in_order(batches)
         texts = decode_texts(self.tokenizer, token_ids)
@@ -206,6 +207,7 @@ class ProxyPolicy:
         }
         seconds = time.perf_counter() - start
         decode = cache(lambda token_id: self.tokenizer.decode([token_id]))
+        traced = [(indices, trace(rollout, [token_ids[i] for i in indices])) for indices, rollout in rollouts]
         texts_of_traces = [
             [(decode(token.token_id), [decode(candidate) for candidate in token.rejected]) for token in response]
             for response in in_order(traced)
