@@ -22,6 +22,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -68,6 +69,8 @@ def _config(kind: str, tie: bool):
         return GPT2Config(
             n_embd=64, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared
         )
+    if kind == "mamba":
+        return MambaConfig(hidden_size=64, num_hidden_layers=2, state_size=8, **shared)
     shared |= {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -92,7 +95,7 @@ def _config(kind: str, tie: bool):
 def tiny_lm():
     """`tiny_lm(kind, tie=True, attn="sdpa", seed=0, dtype=torch.float32)`: a new random LM of hidden size 64, with 2
     layers, 96 tokens and 256 positions; `kind` is llama (grouped heads), gpt2, qwen2, gpt_neox, mistral (sliding
-    window) or gemma3 (one in every other layer)."""
+    window), gemma3 (one in every other layer) or mamba (state space)."""
 
     def build(kind: str = "llama", tie: bool = True, attn: str = "sdpa", seed: int = 0, dtype=torch.float32):
         torch.manual_seed(seed)

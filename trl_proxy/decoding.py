@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import LogitsProcessor, StoppingCriteria
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from .candidates import Candidates, propose
@@ -82,12 +82,54 @@ class HiddenTap:
         return (hidden.contiguous(), *args[1:])
 
 
-def prefill(lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache | None:
-    """The cache of prompts `(batch, length)` but for their last token, from which `generate` goes on as often as one
-    likes, so that no prompt is read twice; None for prompts of one token."""
-    if input_ids.shape[1] < 2:
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room behind them, where a new token is written. Transformers' own layer copies
+    all of them at every token, which costs the more the longer the text is."""
+
+    def __init__(self):
+        super().__init__()
+        self.room: dict[str, torch.Tensor] = {}
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        self.keys = self._append("keys", key_states, start)
+        self.values = self._append("values", value_states, start)
+        return self.keys, self.values
+
+    def _append(self, name: str, new: torch.Tensor, start: int) -> torch.Tensor:
+        held, room, end = getattr(self, name), self.room.get(name), start + new.shape[-2]
+        # Where rows were chosen or repeated, another tensor stands in place of the view.
+        is_view = room is not None and held.data_ptr() == room.data_ptr() and held.shape[0] == room.shape[0]
+        if not is_view or end > room.shape[-2]:
+            room = new.new_empty(*new.shape[:-2], end + max(32, end // 8), new.shape[-1])
+            if start:
+                room[..., :start, :] = held
+            self.room[name] = room
+        room[..., start:end, :] = new
+        return room[..., :end, :]
+
+    def reset(self) -> None:
+        self.room.clear()
+        super().reset()
+
+
+def growing_cache(lm: nn.Module) -> DynamicCache | None:
+    """An empty cache as `generate` makes it, but that it grows in place where attention sees the whole text; None for
+    an LM that keeps something other than keys and values, as state-space models do."""
+    cache = DynamicCache(config=lm.config) if lm._supports_default_dynamic_cache() else None
+    if cache is None or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
-    cache = DynamicCache(config=lm.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def prefill(lm: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    """Reads prompts `(batch, length)` but for their last token into an empty cache, from which `generate` goes on as
+    often as one likes, so that no prompt is read twice."""
+    if input_ids.shape[1] < 2:
+        return
     with HiddenTap(lm, select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
         lm(
             input_ids=input_ids[:, :-1],
@@ -97,7 +139,6 @@ def prefill(lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
             use_cache=True,
             logits_to_keep=1,
         )
-    return cache
 
 
 class PooledTap(HiddenTap):

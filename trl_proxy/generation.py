@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessorList, StopStringCriteria
 from transformers.utils import logging
 
-from .decoding import HiddenTap, PooledTap, PrefixGate, StopRecorder, candidate_decode, prefill
+from .decoding import HiddenTap, PooledTap, PrefixGate, StopRecorder, candidate_decode, growing_cache, prefill
 from .rollout import ProxyGenerateOutput, record_steps
 
 logger = logging.get_logger(__name__)
@@ -124,10 +124,12 @@ class GatedGeneration:
             raise ValueError("Pooled features need the whole prompt: pass no filled `past_key_values`.")
         stops = StopRecorder(criteria)
         with PooledTap(self.lm, attention_mask) if config.pooled_features else HiddenTap(self.lm) as tap:
-            if repeats > 1 and cache is None:
-                options["past_key_values"] = prefill(self.lm, *prompts)
-                if options["past_key_values"] is not None:
-                    options["past_key_values"].batch_repeat_interleave(repeats)
+            chosen = cache is not None or setting("use_cache") is False or setting("cache_implementation") is not None
+            if not chosen and (cache := growing_cache(self.lm)) is not None:
+                if repeats > 1:
+                    prefill(self.lm, cache, *prompts)
+                    cache.batch_repeat_interleave(repeats)
+                options["past_key_values"] = cache
             gate = PrefixGate(self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout)
             output = self.lm.generate(
                 input_ids,

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -188,6 +189,59 @@ def test_several_sequences_in_bfloat16(tiny_lm, ragged_batch, kind):
     expected = lm.generate(**prompts, max_new_tokens=24, do_sample=False).repeat_interleave(3, 0)
     model = ProxyModelForCausalLM(lm, ProxyConfig())
     assert model.generate(**prompts, max_new_tokens=24, num_return_sequences=3).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_several_sequences_from_a_state_space_lm(tiny_lm, ragged_batch, pooled):
+    """Its state is no cache of keys and values that could be shared: every sequence reads its prompt anew."""
+    lm, prompts = tiny_lm("mamba", attn="eager"), ragged_batch([7, 7])
+    expected = lm.generate(**prompts, do_sample=False, max_new_tokens=12).repeat_interleave(3, dim=0)
+    model = ProxyModelForCausalLM(lm, ProxyConfig(pooled_features=pooled))
+    assert model.generate(**prompts, max_new_tokens=12, num_return_sequences=3).tolist() == expected.tolist()
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_the_cache_that_grows_in_place_holds_what_transformers_does(tiny_lm, data):
+    """Whatever is done to it, in any order."""
+    config = tiny_lm().config
+    ours, theirs = decoding.growing_cache(tiny_lm()), DynamicCache(config=config)
+    generator, rows = torch.Generator().manual_seed(0), 3
+    operations = ["append", "append", "append", "crop", "choose rows", "reorder", "repeat", "reset"]
+    for _ in range(data.draw(st.integers(1, 12))):
+        length = theirs.get_seq_length()
+        operation = data.draw(st.sampled_from(operations)) if length else "append"
+        order = torch.randint(rows, (rows,), generator=generator)
+        if operation == "append":
+            shape = (rows, 2, data.draw(st.sampled_from([1, 1, 5, 40])), 16)
+            for layer in range(config.num_hidden_layers):
+                new = torch.randn(2, *shape, generator=generator)
+                for mine, other in zip(ours.update(*new, layer), theirs.update(*new, layer), strict=True):
+                    assert torch.equal(mine, other)
+            continue
+        for cache in (ours, theirs):
+            if operation == "crop":
+                cache.crop(-min(3, length - 1))
+            elif operation == "choose rows":
+                cache.batch_select_indices(order[: max(rows - 1, 1)])
+            elif operation == "reorder":
+                cache.reorder_cache(order)
+            elif operation == "repeat":
+                cache.batch_repeat_interleave(2)
+            else:
+                cache.reset()
+        rows = {"choose rows": max(rows - 1, 1), "repeat": 2 * rows}.get(operation, rows)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_a_cache_grows_without_copying_what_it_holds(tiny_lm):
+    layer = decoding.growing_cache(tiny_lm()).layers[0]
+    keys, _ = layer.update(*torch.randn(2, 3, 2, 20, 16))
+    place = keys.data_ptr()
+    for _ in range(32):
+        keys, _ = layer.update(*torch.randn(2, 3, 2, 1, 16))
+        assert keys.data_ptr() == place
+    assert keys.shape == (3, 2, 52, 16)
 
 
 # 2. A row's output does not depend on its neighbours.
