@@ -125,11 +125,12 @@ def growing_cache(lm: nn.Module) -> DynamicCache | None:
     return cache
 
 
-def prefill(lm: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """Reads prompts `(batch, length)` but for their last token into an empty cache, from which `generate` goes on as
+def prefill(lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache | None:
+    """The [`growing_cache`] of prompts `(batch, length)` but for their last token, from which `generate` goes on as
     often as one likes, so that no prompt is read twice."""
-    if input_ids.shape[1] < 2:
-        return
+    cache = growing_cache(lm)
+    if cache is None or input_ids.shape[1] < 2:
+        return cache
     with HiddenTap(lm, select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
         lm(
             input_ids=input_ids[:, :-1],
@@ -139,6 +140,7 @@ def prefill(lm: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, attenti
             use_cache=True,
             logits_to_keep=1,
         )
+    return cache
 
 
 class PooledTap(HiddenTap):

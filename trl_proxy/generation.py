@@ -125,11 +125,11 @@ class GatedGeneration:
         stops = StopRecorder(criteria)
         with PooledTap(self.lm, attention_mask) if config.pooled_features else HiddenTap(self.lm) as tap:
             chosen = cache is not None or setting("use_cache") is False or setting("cache_implementation") is not None
-            if not chosen and (cache := growing_cache(self.lm)) is not None:
-                if repeats > 1:
-                    prefill(self.lm, cache, *prompts)
+            if not chosen:
+                cache = prefill(self.lm, *prompts) if repeats > 1 else growing_cache(self.lm)
+                if cache is not None:
                     cache.batch_repeat_interleave(repeats)
-                options["past_key_values"] = cache
+                    options["past_key_values"] = cache
             gate = PrefixGate(self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout)
             output = self.lm.generate(
                 input_ids,
