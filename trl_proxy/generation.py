@@ -130,6 +130,10 @@ class GatedGeneration:
                 if cache is not None:
                     cache.batch_repeat_interleave(repeats)
                     options["past_key_values"] = cache
+                elif repeats > 1:
+                    logger.warning_once(
+                        f"{type(self.lm).__name__} keeps no keys and values: each sequence reads its prompt."
+                    )
             gate = PrefixGate(self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout)
             output = self.lm.generate(
                 input_ids,

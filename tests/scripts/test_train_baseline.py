@@ -73,6 +73,7 @@ def test_every_recipe_is_understood(script, method):
     _, (run_args, training_args, model_args) = script.parse(["--method", method, "--config", str(recipe)])
     proxys = yaml.safe_load(proxys.read_text())
     reward = run_args if method == "dpo" else training_args
+    assert run_args.dataset_train_split == proxys["dataset_train_split"]
     assert run_args.reward_funcs == proxys["reward_funcs"]
     assert reward.reward_weights == proxys["reward_weights"]
     assert reward.max_completion_length == proxys["max_completion_length"]

@@ -18,7 +18,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM, decoding
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM, decoding, generation
 
 FEATURES = ("prefix", "candidate")
 KINDS = ("llama", "gpt2", "qwen2")
@@ -192,12 +192,15 @@ def test_several_sequences_in_bfloat16(tiny_lm, ragged_batch, kind):
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_several_sequences_from_a_state_space_lm(tiny_lm, ragged_batch, pooled):
+def test_several_sequences_from_a_state_space_lm(tiny_lm, ragged_batch, monkeypatch, pooled):
     """Its state is no cache of keys and values that could be shared: every sequence reads its prompt anew."""
+    warnings = []
+    monkeypatch.setattr(generation.logger, "warning_once", warnings.append)
     lm, prompts = tiny_lm("mamba", attn="eager"), ragged_batch([7, 7])
     expected = lm.generate(**prompts, do_sample=False, max_new_tokens=12).repeat_interleave(3, dim=0)
     model = ProxyModelForCausalLM(lm, ProxyConfig(pooled_features=pooled))
     assert model.generate(**prompts, max_new_tokens=12, num_return_sequences=3).tolist() == expected.tolist()
+    assert warnings == ["MambaForCausalLM keeps no keys and values: each sequence reads its prompt."]
 
 
 @given(data=st.data())
