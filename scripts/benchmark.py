@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, DynamicCache, HfArgumentParser, set_seed
 
 from baselines.policy import LAST_POSITION
 from eval.harness import package_versions
 from eval.plots import plot_benchmark
+from eval.report import print_table
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.config import write_text
 from trl_proxy.decoding import HiddenTap
@@ -341,30 +340,23 @@ def summarise(cells: list[dict], memory: dict[str, int | None]) -> dict[str, flo
 
 def print_tables(cells: list[dict], memory: dict, ratios: dict) -> None:
     """One table per cell, then memory and the summary."""
-    console = Console()
     for cell in cells:
-        title = "batch {batch_size}, prompt {prompt_tokens}, new {new_tokens}, reject rate {reject_rate}"
-        table = Table("method", title=title.format(**cell))
-        for column in ("tokens/s", f"x {PLAIN}", "range", "LM forwards/token", "x per forward"):
-            table.add_column(column, justify="right")
-        for name, r in cell["methods"].items():
-            table.add_row(
+        print("batch {batch_size}, prompt {prompt_tokens}, new {new_tokens}, reject rate {reject_rate}".format(**cell))
+        rows = [
+            [
                 name,
                 f"{r['tokens_per_second']:.1f}",
                 f"{r['ratio']:.2f}",
                 f"{r['ratio_min']:.2f} to {r['ratio_max']:.2f}",
                 f"{r['lm_forwards_per_token']:.2f}",
                 f"{r['ratio'] * r['lm_forwards_per_token']:.2f}",
-            )
-        console.print(table)
-    table = Table("peak memory", "MiB")
-    for way, peak in memory.items():
-        table.add_row(way, "not known" if peak is None else f"{peak / 2**20:.0f}")
-    console.print(table)
-    table = Table("summary", "ratio")
-    for name, ratio in ratios.items():
-        table.add_row(name, f"{ratio:.2f}")
-    console.print(table)
+            ]
+            for name, r in cell["methods"].items()
+        ]
+        print_table(["method", "tokens/s", f"x {PLAIN}", "range", "LM forwards/token", "x per forward"], rows)
+    peaks = [[way, "not known" if peak is None else f"{peak / 2**20:.0f}"] for way, peak in memory.items()]
+    print_table(["peak memory", "MiB"], peaks)
+    print_table(["summary", "ratio"], [[name, f"{ratio:.2f}"] for name, ratio in ratios.items()])
 
 
 def main(args: BenchmarkArguments) -> dict:
