@@ -81,6 +81,36 @@ class Proxy(nn.Module):
             ) from error
 
 
+class WeightedProxy(nn.Module):
+    """Several proxies as one: its accept logit is the weighted sum of what each has above its own threshold.
+
+    Raises:
+        `ValueError`: the proxies do not read, or are not offered, the same.
+    """
+
+    def __init__(self, proxies: dict[str, Proxy], weights: list[float]):
+        super().__init__()
+        if not proxies or len(proxies) != len(weights):
+            raise ValueError(f"There are {len(weights)} weights for {len(proxies)} proxies.")
+        (first, config), *others = [(name, proxy.config) for name, proxy in proxies.items()]
+        own = {"gate_hidden_sizes", "initial_accept_bias", "threshold", "base_model_name_or_path"}
+        for name, other in others:
+            for key in {field.name for field in dataclasses.fields(config)} - own:
+                if getattr(other, key) != getattr(config, key):
+                    raise ValueError(
+                        f"The proxies {first} and {name} cannot be added: `{key}` is {getattr(config, key)!r} in the "
+                        f"one and {getattr(other, key)!r} in the other."
+                    )
+        self.parts, self.weights = nn.ModuleList(proxies.values()), list(weights)
+        # Each part's own threshold is taken off in `gate`.
+        self.config = dataclasses.replace(config, threshold=0.0)
+
+    def gate(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(..., feature_size)` -> accept logits `(...)`."""
+        parts = zip(self.weights, self.parts, strict=True)
+        return sum(weight * (part.gate(features) - part.config.threshold) for weight, part in parts)
+
+
 class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
     """A frozen causal LM and a trainable proxy that accepts or rejects the tokens it proposes (arXiv 2403.04283).
 
@@ -138,7 +168,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         return Proxy(config).to(self.lm.get_output_embeddings().weight.device)
 
     @property
-    def proxy(self) -> Proxy:
+    def proxy(self) -> "Proxy | WeightedProxy":
         """The active proxy."""
         return self.proxies[self.active_proxy]
 
@@ -170,6 +200,26 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         if name not in self.proxies:
             raise ValueError(f"There is no proxy {name!r}; loaded: {', '.join(self.proxies)}.")
         self.active_proxy = name
+
+    def delete_proxy(self, name: str) -> None:
+        """Forgets the proxy `name`; `ValueError` where it was not loaded, or is the active one."""
+        if name == self.active_proxy:
+            raise ValueError(f"The proxy {name!r} is the active one: `set_proxy` another before it is deleted.")
+        if name not in self.proxies:
+            raise ValueError(f"There is no proxy {name!r}; loaded: {', '.join(self.proxies)}.")
+        del self.proxies[name]
+
+    def add_weighted_proxy(self, proxies: list[str], weights: list[float], name: str) -> None:
+        """Adds the weighted sum of loaded proxies, of their accept logits, under `name`; [`set_proxy`] makes it the
+        active one. It decodes and cannot be trained or saved.
+
+        Raises:
+            `ValueError`: one was not loaded or is a sum itself, or they do not go together, see [`WeightedProxy`].
+        """
+        for part in proxies:
+            if part not in self.proxies or isinstance(self.proxies[part], WeightedProxy):
+                raise ValueError(f"There is no proxy {part!r} to add; loaded: {', '.join(self.proxies)}.")
+        self.proxies[name] = WeightedProxy({part: self.proxies[part] for part in proxies}, weights)
 
     @contextmanager
     def disable_proxy(self):
@@ -356,6 +406,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         """Writes the active proxy, `proxy_config.json` and `proxy_model.safetensors`; never the LM."""
         if not is_main_process:
             return
+        if not isinstance(self.proxy, Proxy):
+            raise ValueError(f"The proxy {self.active_proxy!r} is a sum of others: save those.")
         self.proxy_config.save_pretrained(save_directory)
         path = os.path.join(save_directory, WEIGHTS_NAME)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.proxy.state_dict().items()}

@@ -94,6 +94,8 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 f"`model` must be a ProxyModelForCausalLM, got {type(model).__name__}: wrap the LM with "
                 "`ProxyModelForCausalLM(lm, ProxyConfig())`."
             )
+        if not hasattr(model.proxy, "critic"):
+            raise ValueError(f"The proxy {model.active_proxy!r} is a sum of others: train one of those.")
         args = args or ProxyPPOConfig(output_dir="proxy-ppo")
         if args.temperature not in (1.0, model.proxy_config.temperature):
             raise ValueError(
