@@ -17,6 +17,7 @@ ORDER = [
     ("proxy_ppo", "ppo"),
     ("runs",),
     ("__init__",),
+    ("__main__",),
 ]
 # What a package may import of the project; `trl_proxy` is the leftmost.
 ALLOWED = {

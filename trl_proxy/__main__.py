@@ -1,0 +1,38 @@
+"""`python -m trl_proxy`: what a bug report needs to say of this environment."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__
+from .defaults import LM_PACKAGE, has_bfloat16
+from .rewards import ENCODER_PACKAGE
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", LM_PACKAGE)
+
+
+def describe_device() -> str:
+    """The accelerator, or the CPU, that torch would use."""
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    if torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    bfloat16 = "with" if has_bfloat16() else "without"
+    return f"CPU, {torch.get_num_threads()} threads, {bfloat16} bfloat16"
+
+
+def main() -> None:
+    """Prints versions and the device, a line each."""
+    print(f"trl-proxy {__version__}")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for name in (*PACKAGES, ENCODER_PACKAGE):
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name} is not installed")
+    print(f"device: {describe_device()}")
+
+
+if __name__ == "__main__":
+    main()
