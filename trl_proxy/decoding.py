@@ -23,7 +23,7 @@ from .rollout import Decisions, Event, ProxyGenerateOutput, Step, record_events
 
 # With candidate features and at most so many unfinished rows, all candidates of a position are judged in one forward:
 # where reading the LM's weights is what a forward costs, a few tokens more are nearly free. On a CPU they are not:
-# there the tree ran at 0.68 of plain decoding's speed at batch 1, one after the other at 0.79 (docs/results.md).
+# there the tree ran at 0.64 of plain decoding's speed at batch 1, one after the other at 0.78 (docs/results.md).
 TREE_ROWS = {"cpu": 0, "default": 2}
 
 
