@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
 from trl_proxy.config import write_text
 from trl_proxy.rewards import to_text
+from trl_proxy.runs import installed_version
 
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes", "trl-proxy")
 
@@ -157,13 +157,8 @@ def prompts_sha256(prompts: list) -> str:
 
 def package_versions() -> dict[str, str]:
     """Python's and the installed packages' versions."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue  # an optional package
-    return versions
+    installed = {name: version for name in PACKAGES if (version := installed_version(name))}
+    return {"python": platform.python_version(), **installed}
 
 
 def git_commit() -> str | None:

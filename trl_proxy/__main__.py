@@ -1,13 +1,13 @@
 """`python -m trl_proxy`: what a bug report needs to say of this environment."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from . import __version__
 from .defaults import LM_PACKAGE, has_bfloat16
 from .rewards import ENCODER_PACKAGE
+from .runs import installed_version
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", LM_PACKAGE)
 
@@ -27,10 +27,7 @@ def main() -> None:
     print(f"trl-proxy {__version__}")
     print(f"Python {platform.python_version()} on {platform.platform()}")
     for name in (*PACKAGES, ENCODER_PACKAGE):
-        try:
-            print(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            print(f"{name} is not installed")
+        print(f"{name} {installed_version(name) or 'is not installed'}")
     print(f"device: {describe_device()}")
 
 

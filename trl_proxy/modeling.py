@@ -95,8 +95,8 @@ class WeightedProxy(nn.Module):
         (first, config), *others = [(name, proxy.config) for name, proxy in proxies.items()]
         own = {"gate_hidden_sizes", "initial_accept_bias", "threshold", "base_model_name_or_path"}
         for name, other in others:
-            for key in {field.name for field in dataclasses.fields(config)} - own:
-                if getattr(other, key) != getattr(config, key):
+            for key in (field.name for field in dataclasses.fields(config)):
+                if key not in own and getattr(other, key) != getattr(config, key):
                     raise ValueError(
                         f"The proxies {first} and {name} cannot be added: `{key}` is {getattr(config, key)!r} in the "
                         f"one and {getattr(other, key)!r} in the other."
@@ -197,16 +197,18 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
 
     def set_proxy(self, name: str) -> None:
         """Makes the proxy `name` the active one; `ValueError` where it was not loaded."""
+        self._check_loaded(name)
+        self.active_proxy = name
+
+    def _check_loaded(self, name: str) -> None:
         if name not in self.proxies:
             raise ValueError(f"There is no proxy {name!r}; loaded: {', '.join(self.proxies)}.")
-        self.active_proxy = name
 
     def delete_proxy(self, name: str) -> None:
         """Forgets the proxy `name`; `ValueError` where it was not loaded, or is the active one."""
         if name == self.active_proxy:
             raise ValueError(f"The proxy {name!r} is the active one: `set_proxy` another before it is deleted.")
-        if name not in self.proxies:
-            raise ValueError(f"There is no proxy {name!r}; loaded: {', '.join(self.proxies)}.")
+        self._check_loaded(name)
         del self.proxies[name]
 
     def add_weighted_proxy(self, proxies: list[str], weights: list[float], name: str) -> None:
@@ -406,7 +408,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         """Writes the active proxy, `proxy_config.json` and `proxy_model.safetensors`; never the LM."""
         if not is_main_process:
             return
-        if not isinstance(self.proxy, Proxy):
+        if isinstance(self.proxy, WeightedProxy):
             raise ValueError(f"The proxy {self.active_proxy!r} is a sum of others: save those.")
         self.proxy_config.save_pretrained(save_directory)
         path = os.path.join(save_directory, WEIGHTS_NAME)

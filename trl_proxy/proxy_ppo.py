@@ -15,7 +15,7 @@ from trl.trainer.utils import pad
 
 from .actor_critic import ActorCriticTrainer
 from .config import WEIGHTS_NAME, ProxyPPOConfig, proxy_file
-from .modeling import ProxyModelForCausalLM
+from .modeling import ProxyModelForCausalLM, WeightedProxy
 from .rollout import Decisions, Rollout
 
 _CARD = """---
@@ -94,7 +94,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 f"`model` must be a ProxyModelForCausalLM, got {type(model).__name__}: wrap the LM with "
                 "`ProxyModelForCausalLM(lm, ProxyConfig())`."
             )
-        if not hasattr(model.proxy, "critic"):
+        if isinstance(model.proxy, WeightedProxy):
             raise ValueError(f"The proxy {model.active_proxy!r} is a sum of others: train one of those.")
         args = args or ProxyPPOConfig(output_dir="proxy-ppo")
         if args.temperature not in (1.0, model.proxy_config.temperature):

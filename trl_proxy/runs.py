@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from accelerate.utils import gather_object
@@ -53,6 +54,14 @@ class RunArguments(ScriptArguments):
     def __post_init__(self):
         if self.max_train_seconds is not None and self.max_train_seconds <= 0:
             raise ValueError(f"`max_train_seconds` must be above 0, got {self.max_train_seconds}.")
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, None where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 # Where a run begins
