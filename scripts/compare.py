@@ -45,7 +45,7 @@ from eval.plots import draw_all
 from eval.plots_training import TrainingLog, plot_training_curve, training_log
 from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
-from trl_proxy.config import CONFIG_NAME, WEIGHTS_NAME, proxy_file, write_text
+from trl_proxy.config import CONFIG_NAME, FILLED_IN, WEIGHTS_NAME, proxy_file, write_text
 from trl_proxy.defaults import EMBEDDED, load_prompts
 from trl_proxy.runs import RUN_FILE, flags, is_finished, load_policy, to_device
 
@@ -188,9 +188,8 @@ def train_missing(args: CompareArguments) -> list["Trained"]:
 
 def describe(config: ProxyConfig) -> str:
     """A proxy's variant: its kind of features, and what differs from the default configuration."""
-    learnt = {"features", "hidden_size", "embedding_size", "base_model_name_or_path"}
-    defaults = dataclasses.asdict(ProxyConfig())
-    changed = {k: v for k, v in dataclasses.asdict(config).items() if k not in learnt and v != defaults[k]}
+    named, defaults = {"features", *FILLED_IN}, dataclasses.asdict(ProxyConfig())
+    changed = {k: v for k, v in dataclasses.asdict(config).items() if k not in named and v != defaults[k]}
     return ", ".join([config.features, *(f"{name}={value}" for name, value in changed.items())])
 
 

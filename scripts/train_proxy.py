@@ -24,6 +24,7 @@ from trl import ModelConfig, TrlParser
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.actor_critic import RewardError
+from trl_proxy.config import FILLED_IN
 from trl_proxy.runs import (
     Interrupted,
     RunArguments,
@@ -41,7 +42,7 @@ ProxyArguments = dataclasses.make_dataclass(
     [
         (f.name, f.type, copy.copy(f))
         for f in dataclasses.fields(ProxyConfig)
-        if f.name not in ("temperature", "hidden_size", "embedding_size", "base_model_name_or_path")
+        if f.name not in ("temperature", *FILLED_IN)
     ],
 )
 

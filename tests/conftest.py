@@ -18,6 +18,7 @@ from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -103,6 +104,14 @@ def tiny_lm():
         return AutoModelForCausalLM.from_config(config, attn_implementation=attn).to(dtype).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def four_bit_lm(tiny_lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm")
+    tiny_lm("llama").save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

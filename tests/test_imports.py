@@ -10,11 +10,11 @@ PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 # From left to right. Files of one entry stand beside each other and do not import one another.
 ORDER = [
     ("config", "candidates", "gate", "advantages", "losses", "rewards"),
-    ("rollout", "actor_critic", "defaults"),
+    ("rollout", "actor_critic", "defaults", "proxies"),
     ("decoding",),
     ("generation",),
     ("modeling",),
-    ("proxy_ppo", "ppo"),
+    ("proxy_ppo", "ppo", "mara"),
     ("runs",),
     ("__init__",),
     ("__main__",),

@@ -13,6 +13,8 @@ from trl import RLOOConfig
 
 CONFIG_NAME = "proxy_config.json"
 WEIGHTS_NAME = "proxy_model.safetensors"
+# Fields of [`ProxyConfig`] that the model fills in.
+FILLED_IN = ("hidden_size", "embedding_size", "base_model_name_or_path", "base_model_sha256")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -71,6 +73,9 @@ class ProxyConfig:
     hidden_size: int | None = field(default=None, metadata={"help": "Hidden size of the LM; filled in by the model."})
     embedding_size: int | None = field(default=None, metadata={"help": "Embedding size; filled in by the model."})
     base_model_name_or_path: str | None = field(default=None, metadata={"help": "The LM; filled in by the model."})
+    base_model_sha256: str | None = field(
+        default=None, metadata={"help": "Checksum of the LM, see `modeling.lm_sha256`; filled in by the model."}
+    )
 
     def __post_init__(self):
         """Raises `ValueError` naming the field, its value and what is allowed."""
@@ -179,6 +184,9 @@ class PPOConfig(RLOOConfig):
             raise ValueError(f"`reward_shaping_tokens` must be at least 1, got {self.reward_shaping_tokens}.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:
             raise ValueError(f"`missing_eos_penalty` must be above 0, got {self.missing_eos_penalty}.")
+        if self.ddp_find_unused_parameters is None:
+            # Every update uses all that is trained; DDP's search would miss the critic, which runs after `forward`.
+            self.ddp_find_unused_parameters = False
         if self.use_vllm:
             raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
         if self.use_transformers_continuous_batching:
@@ -225,8 +233,5 @@ class ProxyPPOConfig(PPOConfig):
             raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
         if self.replay_rollouts < 1:
             raise ValueError(f"`replay_rollouts` must be at least 1, got {self.replay_rollouts}.")
-        if self.ddp_find_unused_parameters is None:
-            # Every update runs the gate and the critic; the LM is in neither.
-            self.ddp_find_unused_parameters = False
         if self.sync_ref_model:
             raise ValueError("`sync_ref_model=True` is not supported: the frozen LM is the reference; set it False.")

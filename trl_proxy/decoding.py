@@ -374,7 +374,8 @@ class _CandidateLoop:
         def select(hidden: torch.Tensor) -> torch.Tensor:
             """Decides, between the LM's body and its head; the head runs where new candidates are needed."""
             if asked.any():
-                accept[asked] = decide(judge(hidden[asked]), threshold, sample)
+                rows_asked = active.rows[:, None].expand_as(asked)[asked]
+                accept[asked] = decide(judge(hidden[asked], rows_asked), threshold, sample)
             first = accept.long().argmax(-1)
             return hidden[rows, first][accept[rows, first] & ~self._is_final(tokens[rows, first])]
 
@@ -493,7 +494,7 @@ def candidate_decode(
     logits_processor,
     stopping_criteria,
     generation_config,
-    judge: Callable[[torch.Tensor], torch.Tensor],
+    judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     config: ProxyConfig,
     threshold: float,
     sample: bool,
@@ -512,7 +513,7 @@ def candidate_decode(
     Args:
         input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as transformers' `generate`
             hands them to a `custom_generate` function.
-        judge: `(hidden (N, d)) -> accept logits (N,)`.
+        judge: `(hidden (N, d), rows (N,)) -> accept logits (N,)`, the rows being those of the batch.
         config, threshold, sample: see `propose_for` and `gate.decide`.
         streamer: gets a token when it is accepted.
         output_rollout: also return the [`rollout.Rollout`].

@@ -30,6 +30,7 @@ class GatedGeneration:
         threshold: float | None = None,
         output_rollout: bool = False,
         tree: bool | None = None,
+        proxy_names: list[str] | None = None,
         logits_processor: list | None = None,
         streamer=None,
         **kwargs,
@@ -43,6 +44,8 @@ class GatedGeneration:
             output_rollout: also return what training needs, [`rollout.Rollout`] (implies `return_dict_in_generate`).
             tree: with candidate features, judge all candidates of a position in one forward; by default where few
                 rows are decoded, and not on a CPU. With prefix features all are judged at once anyway.
+            proxy_names: a loaded proxy for each prompt, in place of the active one; `"__base__"` for the LM itself.
+                Each decides from its own threshold on; `threshold` is added.
             generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is
                 that of the proposals. `do_sample` and the truncations (`top_k`, ...) do not apply: `p_t` and
                 `max_candidates` of the configuration decide what is proposed.
@@ -52,7 +55,8 @@ class GatedGeneration:
             record of decisions.
 
         Raises:
-            `ValueError`: beams, assisted generation, right-padded prompts, or more tokens than the LM has positions.
+            `ValueError`: beams, assisted generation, right-padded prompts, more tokens than the LM has positions, or
+                proxies that do not go together in one batch.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if self._proxy_disabled:
@@ -64,12 +68,13 @@ class GatedGeneration:
         _refuse_what_has_no_meaning(setting, kwargs)
         prompts = self._checked_prompts(input_ids, kwargs.pop("attention_mask", None), setting, eos_token_ids)
 
-        config = self.proxy_config
+        repeats = setting("num_return_sequences") or 1
+        proxy = self.proxy_by_row(proxy_names, len(prompts[0]), repeats, prompts[0].device)
+        config = proxy.config
         if kwargs.get("temperature") is not None:
             config = dataclasses.replace(config, temperature=kwargs["temperature"])
         threshold = config.threshold if threshold is None else threshold
         return_dict = kwargs.pop("return_dict_in_generate", False) or output_rollout
-        repeats = setting("num_return_sequences") or 1
         criteria = list(kwargs.pop("stopping_criteria", None) or [])
         if setting("stop_strings") is not None:
             if kwargs.get("tokenizer") is None:
@@ -97,7 +102,7 @@ class GatedGeneration:
         if config.features == "candidate":
             loop = functools.partial(
                 candidate_decode,
-                judge=self._judge_candidate,
+                judge=proxy.accept_logits,
                 config=config,
                 threshold=threshold,
                 sample=gate_sample,
@@ -134,7 +139,8 @@ class GatedGeneration:
                     logger.warning_once(
                         f"{type(self.lm).__name__} keeps no keys and values: each sequence reads its prompt."
                     )
-            gate = PrefixGate(self._judge_prefix, config, tap, attention_mask, threshold, gate_sample, output_rollout)
+            judge = functools.partial(self._judge, proxy)
+            gate = PrefixGate(judge, config, tap, attention_mask, threshold, gate_sample, output_rollout)
             output = self.lm.generate(
                 input_ids,
                 generation_config,

@@ -5,7 +5,6 @@ With prefix features the gated LM is an ordinary LM: `forward` returns the logit
 """
 
 import dataclasses
-import hashlib
 import os
 import tempfile
 from contextlib import contextmanager, nullcontext
@@ -15,17 +14,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from .candidates import NUM_SCALARS, Candidates, candidate_scalars
+from .candidates import Candidates, candidate_scalars
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
 from .decoding import HiddenTap, propose_for, record_body
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
+from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy, sha256_of
 from .rollout import Rollout
 
 
@@ -44,71 +43,17 @@ class GatedCausalLMOutput(CausalLMOutputWithPast):
     lm_logits: torch.Tensor | None = None
 
 
-def _sha256(weights: dict[str, torch.Tensor]) -> str:
-    """Checksum of tensors by name; safetensors itself notices truncation but no flipped bit."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-class Proxy(nn.Module):
-    """One proxy: its configuration, its gate (the policy) and its critic."""
-
-    def __init__(self, config: ProxyConfig):
-        super().__init__()
-        self.config = config
-        prefix = config.features == "prefix"
-        sizes = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
-        if config.pooled_features:
-            sizes.insert(1, config.hidden_size)
-        scalars = NUM_SCALARS if prefix else 0
-        self.gate = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, config.initial_accept_bias)
-        self.critic = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, 0.0)
-
-    def load_weights(self, path: str) -> None:
-        """Loads `proxy_model.safetensors`; `ValueError` where the file is damaged or of another shape."""
-        try:
-            weights = load_file(path)
-            with safe_open(path, "pt") as file:
-                expected = (file.metadata() or {}).get("sha256")
-            if expected not in (None, _sha256(weights)):
-                raise RuntimeError("its checksum is another")
-            self.load_state_dict(weights)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} does not fit its {type(self.config).__name__} (damaged, or made with other sizes): {error}"
-            ) from error
-
-
-class WeightedProxy(nn.Module):
-    """Several proxies as one: its accept logit is the weighted sum of what each has above its own threshold.
-
-    Raises:
-        `ValueError`: the proxies do not read, or are not offered, the same.
+def lm_sha256(lm: PreTrainedModel) -> str | None:
+    """Checksum of what makes an LM this one: its sizes, and the signs of its input embeddings (of 4,096 rows at most),
+    which no dtype, quantisation or adapter changes. None where the embeddings are not in memory (offloaded, sharded).
     """
-
-    def __init__(self, proxies: dict[str, Proxy], weights: list[float]):
-        super().__init__()
-        if not proxies or len(proxies) != len(weights):
-            raise ValueError(f"There are {len(weights)} weights for {len(proxies)} proxies.")
-        (first, config), *others = [(name, proxy.config) for name, proxy in proxies.items()]
-        own = {"gate_hidden_sizes", "initial_accept_bias", "threshold", "base_model_name_or_path"}
-        for name, other in others:
-            for key in (field.name for field in dataclasses.fields(config)):
-                if key not in own and getattr(other, key) != getattr(config, key):
-                    raise ValueError(
-                        f"The proxies {first} and {name} cannot be added: `{key}` is {getattr(config, key)!r} in the "
-                        f"one and {getattr(other, key)!r} in the other."
-                    )
-        self.parts, self.weights = nn.ModuleList(proxies.values()), list(weights)
-        # Each part's own threshold is taken off in `gate`.
-        self.config = dataclasses.replace(config, threshold=0.0)
-
-    def gate(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `(..., feature_size)` -> accept logits `(...)`."""
-        parts = zip(self.weights, self.parts, strict=True)
-        return sum(weight * (part.gate(features) - part.config.threshold) for weight, part in parts)
+    weight, config = lm.get_input_embeddings().weight, lm.config.get_text_config()
+    if weight.device.type == "meta" or weight.dim() != 2:
+        return None
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    text = ", ".join([config.model_type, *(f"{name}={getattr(config, name, None)}" for name in sizes)])
+    signs = torch.signbit(weight.detach()[:: -(-len(weight) // 4096)]).to("cpu", torch.uint8)
+    return sha256_of({text: signs})
 
 
 class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
@@ -164,13 +109,30 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                 )
         base = config.base_model_name_or_path or self.lm.config._name_or_path or None
         # A copy: the caller may make proxies over other LMs with the same configuration.
-        config = dataclasses.replace(config, base_model_name_or_path=base, **sizes)
+        sha256 = lm_sha256(self.lm) or config.base_model_sha256
+        config = dataclasses.replace(config, base_model_name_or_path=base, base_model_sha256=sha256, **sizes)
         return Proxy(config).to(self.lm.get_output_embeddings().weight.device)
 
     @property
     def proxy(self) -> "Proxy | WeightedProxy":
         """The active proxy."""
         return self.proxies[self.active_proxy]
+
+    def proxy_by_row(self, names: list[str] | None, batch_size: int, repeats: int, device) -> "Proxy | RowProxies":
+        """The active proxy, or that of each row of a batch by name, every row being decoded `repeats` times.
+
+        Raises:
+            `ValueError`: not one name per row, one that was not loaded, or proxies that do not go together, see
+                [`~trl_proxy.proxies.RowProxies`].
+        """
+        if names is None:
+            return self.proxy
+        if len(names) != batch_size:
+            raise ValueError(f"`proxy_names` has {len(names)} names for {batch_size} prompts.")
+        for name in names:
+            if name != LM_ITSELF:
+                self._check_loaded(name)
+        return RowProxies(self.proxies, [name for name in names for _ in range(repeats)], device)
 
     @property
     def proxy_config(self) -> ProxyConfig:
@@ -187,13 +149,34 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         """The active critic: features `(..., feature_size)` -> state values `(...)`."""
         return self.proxy.critic
 
-    def load_proxy(self, folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> None:
-        """Loads another trained proxy over the same LM under `name`; [`set_proxy`] makes it the active one."""
+    def load_proxy(
+        self, folder_or_id: str | os.PathLike, name: str, *, check_base_model: bool = True, **hub_kwargs
+    ) -> None:
+        """Loads another trained proxy over the same LM under `name`; [`set_proxy`] makes it the active one.
+
+        Args:
+            folder_or_id: local folder or hub repository.
+            check_base_model: refuse a proxy that was trained over another LM of the same sizes.
+            hub_kwargs: `revision`, `token`, ... of its repository.
+
+        Raises:
+            `ValueError`: no proxy there, a damaged file, or one made for another LM.
+        """
+        self.proxies[name] = self._load(folder_or_id, check_base_model, hub_kwargs)  # where that fails, nothing is
+
+    def _load(self, folder_or_id: str | os.PathLike, check_base_model: bool, hub_kwargs: dict) -> Proxy:
         config = ProxyConfig.from_pretrained(folder_or_id, **hub_kwargs)
         weights = proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs)
         proxy = self._new_proxy(config)
+        trained, here = config.base_model_sha256, proxy.config.base_model_sha256
+        if check_base_model and None not in (trained, here) and trained != here:
+            raise ValueError(
+                f"The proxy {folder_or_id} was trained over {config.base_model_name_or_path or 'another LM'}, whose "
+                f"sizes or embeddings differ from those of {self.lm.config._name_or_path or 'this LM'}: load that LM, "
+                "or pass `check_base_model=False`."
+            )
         proxy.load_weights(weights)
-        self.proxies[name] = proxy  # only now: a file that does not load leaves no untrained proxy behind
+        return proxy
 
     def set_proxy(self, name: str) -> None:
         """Makes the proxy `name` the active one; `ValueError` where it was not loaded."""
@@ -292,8 +275,9 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         Returns:
             `(N, feature_size)` in the dtype of `hidden` for candidate features, else float32.
         """
-        if self.proxy_config.features == "candidate":
-            return hidden
+        return hidden if self.proxy_config.features == "candidate" else self._with_token(hidden, token_ids, scalars)
+
+    def _with_token(self, hidden: torch.Tensor, token_ids: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
         embeddings = self.get_input_embeddings()(token_ids)
         return torch.cat([hidden.float(), embeddings.to(hidden.device).float(), scalars.float()], dim=-1)
 
@@ -303,18 +287,16 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         hidden = rollout.hidden[rows, rollout.hidden_index[rollout.mask]]
         return self.gate_features(hidden, rollout.token_ids[rollout.mask], rollout.scalars[rollout.mask])
 
-    def _judge_prefix(self, hidden: torch.Tensor, candidates: Candidates, positions: torch.Tensor) -> torch.Tensor:
+    def _judge(self, proxy, hidden: torch.Tensor, candidates: Candidates, positions: torch.Tensor) -> torch.Tensor:
         """Accept logits `(B, K)` of candidates at positions with the hidden states `(B, d)`; 0 where masked."""
         logits = hidden.new_zeros(candidates.mask.shape, dtype=torch.float32)
         # A position with one candidate asks nothing, and most positions of a good LM have one.
         asked = candidates.mask & (candidates.counts > 1)[:, None]
         rows, _ = asked.nonzero(as_tuple=True)
         scalars = candidate_scalars(candidates, positions)[asked]
-        logits[asked] = self.gate(self.gate_features(hidden[rows], candidates.token_ids[asked], scalars))
+        features = self._with_token(hidden[rows], candidates.token_ids[asked], scalars)
+        logits[asked] = proxy.accept_logits(features, rows)
         return logits
-
-    def _judge_candidate(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.gate(self.gate_features(hidden))
 
     # Forward; `generate` is in generation.py
 
@@ -376,7 +358,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         if pooled_features:
             pooled = self._pool_so_far(body[0], attention_mask, past, past_key_values, output)
             hidden = torch.cat([hidden, pooled[:, keep].to(hidden.dtype)], dim=-1)
-        accept_logits = self._judge_prefix(hidden.flatten(0, 1), candidates, positions)
+        accept_logits = self._judge(self.proxy, hidden.flatten(0, 1), candidates, positions)
         log_probs = gated_log_probs(accept_logits - self.proxy_config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits.scatter_(-1, candidates.token_ids, log_probs)
@@ -413,7 +395,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         self.proxy_config.save_pretrained(save_directory)
         path = os.path.join(save_directory, WEIGHTS_NAME)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.proxy.state_dict().items()}
-        save_file(weights, path + ".tmp", metadata={"format": "pt", "sha256": _sha256(weights)})
+        save_file(weights, path + ".tmp", metadata={"format": "pt", "sha256": sha256_of(weights)})
         os.replace(path + ".tmp", path)
         if kwargs.get("push_to_hub"):
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)))
@@ -435,23 +417,31 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(
-        cls, lm: PreTrainedModel | str, folder_or_id: str | os.PathLike, *, hub_kwargs: dict | None = None, **kwargs
+        cls,
+        lm: PreTrainedModel | str,
+        folder_or_id: str | os.PathLike,
+        *,
+        check_base_model: bool = True,
+        hub_kwargs: dict | None = None,
+        **kwargs,
     ) -> "ProxyModelForCausalLM":
         """A trained proxy over its LM.
 
         Args:
             lm: the language model, or the name to load it by.
             folder_or_id: local folder or hub repository of the proxy.
+            check_base_model: refuse a proxy that was trained over another LM of the same sizes.
             hub_kwargs: `revision`, `token`, ... for the proxy's own repository.
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` where `lm` is a name (`quantization_config`, ...).
 
         Raises:
-            `ValueError`: no proxy there, a damaged file, or an LM of other sizes.
+            `ValueError`: no proxy there, a damaged file, or one made for another LM.
         """
-        config = ProxyConfig.from_pretrained(folder_or_id, **(hub_kwargs or {}))
-        weights = proxy_file(folder_or_id, WEIGHTS_NAME, **(hub_kwargs or {}))
+        hub_kwargs = hub_kwargs or {}
+        config = ProxyConfig.from_pretrained(folder_or_id, **hub_kwargs)
+        proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs)  # before an LM is loaded
         if isinstance(lm, (str, os.PathLike)):
             lm = AutoModelForCausalLM.from_pretrained(lm, **kwargs)
         model = cls(lm, config)
-        model.proxy.load_weights(weights)
+        model.load_proxy(folder_or_id, "default", check_base_model=check_base_model, **hub_kwargs)
         return model.eval()

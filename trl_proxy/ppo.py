@@ -121,6 +121,8 @@ class PPOTrainer(ActorCriticTrainer):
             else:
                 lm[name] = value
         super()._save(output_dir, lm)
+        if not self.args.should_save:
+            return
         path = os.path.join(output_dir, VALUE_HEAD_NAME)
         save_file(head, path + ".tmp", metadata={"format": "pt"})
         os.replace(path + ".tmp", path)

@@ -15,7 +15,8 @@ from trl.trainer.utils import pad
 
 from .actor_critic import ActorCriticTrainer
 from .config import WEIGHTS_NAME, ProxyPPOConfig, proxy_file
-from .modeling import ProxyModelForCausalLM, WeightedProxy
+from .modeling import ProxyModelForCausalLM
+from .proxies import WeightedProxy
 from .rollout import Decisions, Rollout
 
 _CARD = """---

@@ -1,7 +1,11 @@
 """scripts/train_baseline.py: every method trains a tiny LM, goes on where it stopped, and leaves a policy."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +27,8 @@ def script(load_script):
 
 
 @pytest.fixture
-def train(script, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
-    """`train(method, **flags)` -> the trainer, after a run of seconds."""
+def command_line(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
+    """`command_line(method, **changes)` -> the command line of a run of seconds."""
     tiny_lm("llama").save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
     (tmp_path / "prompts.jsonl").write_text(
@@ -39,8 +43,8 @@ def train(script, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
-    def run(method, **changes):
-        flags = {
+    def build(method, **changes):
+        values = {
             "model_name_or_path": tmp_path / "lm",
             "dataset_name": tmp_path / "prompts.jsonl",
             "reward_funcs": "baseline_rewards.upper",
@@ -58,12 +62,41 @@ def train(script, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
             "report_to": "none",
         }
         if method in ONLINE:
-            flags |= {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 2}
-        return script.main(
-            ["--method", method, *(x for k, v in (flags | changes).items() for x in (f"--{k}", *str(v).split()))]
-        )
+            values |= {"steps_per_generation": 2, "num_iterations": 2, "num_generations": 2}
+        return ["--method", method, *(x for k, v in (values | changes).items() for x in (f"--{k}", *str(v).split()))]
 
-    return run
+    return build
+
+
+@pytest.fixture
+def train(script, command_line):
+    """`train(method, **changes)` -> the trainer."""
+    return lambda method, **changes: script.main(command_line(method, **changes))
+
+
+def test_two_processes_train_one_policy(command_line, tmp_path):
+    """The adapter and the value head, which runs outside the LM's `forward`, on two gloo ranks."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", str(port), str(ROOT / "scripts" / "train_baseline.py"),
+    ]  # fmt: skip
+    result = subprocess.run(
+        [*launch, *command_line("rlhf", per_device_train_batch_size=2, beta=0.1)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stderr[:6000]
+    head = load_file(tmp_path / "rlhf" / "value_head.safetensors")
+    assert head["linear.weight"].abs().sum() > 0
+    adapter = load_file(tmp_path / "rlhf" / "adapter_model.safetensors")
+    assert all(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("method", ["rlhf", "dpo"])

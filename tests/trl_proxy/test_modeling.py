@@ -6,12 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from scipy import stats
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, GenerationMixin, pipeline
+from transformers import GenerationConfig, GenerationMixin, pipeline
 
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOTrainer
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.gate import gated_log_probs
 
 FEATURES = ("prefix", "candidate")
@@ -338,14 +337,6 @@ def test_parameters_are_counted(tiny_lm, capsys, features, inputs):
     assert f"{100 * 2 * one / (base + 2 * one):.4f}" in printed
 
 
-@pytest.fixture(scope="module")
-def four_bit_lm(tiny_lm, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lm")
-    tiny_lm("llama").save_pretrained(folder)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-
-
 @pytest.mark.parametrize("features", FEATURES)
 def test_four_bit(four_bit_lm, tiny_lm, ragged_batch, with_random_gate, features):
     """Counted as what the weights stand for; accept-everything is its own greedy decoding; a gate decides on it."""
@@ -512,78 +503,6 @@ def test_many_proxies_one_lm(gated, with_random_gate, tiny_lm, ragged_batch, tmp
     model.save_pretrained(tmp_path / "copy")
     again = ProxyModelForCausalLM.from_pretrained(lm, tmp_path / "copy")
     assert again.generate(**prompts, max_new_tokens=10).tolist() == expected["harmless"], "the active one is saved"
-
-
-@pytest.fixture
-def two_proxies(with_random_gate, tiny_lm, tmp_path):
-    """`two_proxies(features, **changes)`: a model with the proxies `one` and `two`, which differ in `changes`."""
-
-    def build(features: str = "prefix", **changes):
-        lm = tiny_lm()
-        model = ProxyModelForCausalLM(lm)
-        for seed, (name, settings) in enumerate({"one": {}, "two": changes}.items()):
-            config = ProxyConfig(**{"features": features, "p_t": 0.01, "max_candidates": 6, **settings})
-            with_random_gate(lm, config, scale=2.0, bias=-0.5, seed=seed).save_pretrained(tmp_path / name)
-            model.load_proxy(tmp_path / name, name)
-        return model
-
-    return build
-
-
-@pytest.mark.parametrize("features", ["prefix", "candidate"])
-def test_proxies_add_up(two_proxies, ragged_batch, features):
-    model, prompts = two_proxies(features, threshold=0.4, gate_hidden_sizes=[32]), ragged_batch(LENGTHS)
-    alone = {}
-    for name in ("one", "two"):
-        model.set_proxy(name)
-        alone[name] = model.generate(**prompts, max_new_tokens=10).tolist()
-    model.add_weighted_proxy(["one", "two"], [0.5, 2.0], "both")
-    model.set_proxy("both")
-    output = model.generate(**prompts, max_new_tokens=10, output_rollout=True)
-    read = model.rollout_features(output.rollout)
-    one, two = (model.proxies[name].gate(read) for name in ("one", "two"))
-    added = 0.5 * one + 2.0 * (two - 0.4)
-    torch.testing.assert_close(model.gate(read), added)
-    accept = output.rollout.accept[output.rollout.mask]
-    assert {True, False} == set(accept.tolist())
-    assert ((added >= 0) == accept)[added.abs() > 1e-4].all(), "the sum decided"
-    assert output.sequences.tolist() not in alone.values()
-    for name, weights in {"one": [1.0, 0.0], "two": [0.0, 1.0]}.items():
-        model.add_weighted_proxy(["one", "two"], weights, "both")
-        assert model.generate(**prompts, max_new_tokens=10).tolist() == alone[name]
-
-
-def test_what_does_not_add_up_is_named(two_proxies, tmp_path):
-    model = two_proxies(p_t=0.2)
-    with pytest.raises(ValueError, match=r"one and two cannot be added: `p_t` is 0\.01 in the one and 0\.2 in"):
-        model.add_weighted_proxy(["one", "two"], [1.0, 1.0], "both")
-    with pytest.raises(ValueError, match="There are 1 weights for 2 proxies"):
-        model.add_weighted_proxy(["one", "two"], [1.0], "both")
-    with pytest.raises(ValueError, match="There is no proxy 'three' to add; loaded: default, one, two"):
-        model.add_weighted_proxy(["one", "three"], [1.0, 1.0], "both")
-    assert "both" not in model.proxies
-    model.add_weighted_proxy(["one"], [2.0], "more")
-    with pytest.raises(ValueError, match="There is no proxy 'more' to add"):
-        model.add_weighted_proxy(["more"], [1.0], "most")
-    model.set_proxy("more")
-    with pytest.raises(ValueError, match="'more' is a sum of others: save those"):
-        model.save_pretrained(tmp_path / "more")
-    with pytest.raises(ValueError, match="'more' is a sum of others: train one of those"):
-        ProxyPPOTrainer(model, lambda **_: [], train_dataset=Dataset.from_dict({"prompt": ["a"]}))
-
-
-def test_a_deleted_proxy_is_gone(two_proxies, ragged_batch):
-    model, prompts = two_proxies(), ragged_batch(LENGTHS)
-    model.add_weighted_proxy(["one", "two"], [1.0, 1.0], "both")
-    model.set_proxy("both")
-    expected = model.generate(**prompts, max_new_tokens=10).tolist()
-    with pytest.raises(ValueError, match="'both' is the active one"):
-        model.delete_proxy("both")
-    model.delete_proxy("one")
-    assert list(model.proxies) == ["default", "two", "both"]
-    assert model.generate(**prompts, max_new_tokens=10).tolist() == expected, "the sum keeps its parts"
-    with pytest.raises(ValueError, match="There is no proxy 'one'; loaded: default, two, both"):
-        model.delete_proxy("one")
 
 
 def test_a_proxy_that_fails_to_load_is_not_there(gated, saved_proxy, ragged_batch):
