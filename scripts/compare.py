@@ -45,6 +45,7 @@ from eval.plots import draw_all
 from eval.plots_training import TrainingLog, plot_training_curve, training_log
 from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy.card import add_results
 from trl_proxy.config import CONFIG_NAME, FILLED_IN, WEIGHTS_NAME, proxy_file, write_text
 from trl_proxy.defaults import EMBEDDED, load_prompts
 from trl_proxy.runs import RUN_FILE, flags, is_finished, load_policy, to_device
@@ -409,7 +410,9 @@ def evaluate(
             policy_lm = model if model.proxy_config.features == "prefix" else None
             policy = ProxyPolicy(model, tokenizer, **decoding)
             run = start(run, **policy.parameters_report())
-            evaluate_policy(policy, *shared, run=run, policy_lm=policy_lm, **results)
+            record = evaluate_policy(policy, *shared, run=run, policy_lm=policy_lm, **results)
+            if (card := Path(trained.folder, "README.md")).is_file():
+                add_results(card, record)
         else:
             policy = load_trained(trained.folder, lm, tokenizer, **decoding)
             run = start(run, **policy.parameters_report())

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from .candidates import Candidates, candidate_scalars
+from .card import proxy_card
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
 from .decoding import HiddenTap, propose_for, record_body
 from .gate import ProxyMLP, gated_log_probs
@@ -406,6 +407,10 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            if not api.file_exists(repo_id, "README.md"):  # a card of its training, say
+                revision = getattr(self.lm.config, "_commit_hash", None)
+                card = proxy_card(self.proxy_config, *self.get_nb_trainable_parameters(), revision=revision)
+                card.save(os.path.join(folder, "README.md"))
             return str(
                 api.upload_folder(
                     repo_id=repo_id,

@@ -1,51 +1,21 @@
 """[`ProxyPPOTrainer`]: PPO on the gate (arXiv 2403.04283, section 3). The LM runs in the rollout alone."""
 
-import dataclasses
 import os
-import textwrap
 import time
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import nn
 from trl.data_utils import is_conversational
 from trl.trainer.utils import pad
 
 from .actor_critic import ActorCriticTrainer
+from .card import CITATION, proxy_card
 from .config import WEIGHTS_NAME, ProxyPPOConfig, proxy_file
 from .modeling import ProxyModelForCausalLM
 from .proxies import WeightedProxy
 from .rollout import Decisions, Rollout
-
-_CARD = """---
-{metadata}
----
-
-# {name}
-
-A proxy (Proxy-RLHF, [arXiv 2403.04283](https://huggingface.co/papers/2403.04283)) over the frozen language model
-`{base}`: it accepts or rejects the tokens that the LM proposes. The LM itself is not part of this repository and was
-not changed. The proxy has {trainable} parameters, {share} % of the LM's.
-
-```python
-from transformers import AutoModelForCausalLM
-from trl_proxy import ProxyModelForCausalLM
-
-lm = AutoModelForCausalLM.from_pretrained("{base}")
-model = ProxyModelForCausalLM.from_pretrained(lm, "this folder or repository")
-model.generate(**inputs, max_new_tokens=64)
-```
-
-It was trained by PPO with `trl-proxy`, on {dataset}, with the reward: {rewards}.
-
-{settings}
-
-```bibtex
-{citation}
-```
-"""
 
 # Decisions whose features are made and judged at once outside the update.
 _CHUNK = 8192
@@ -80,13 +50,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
     _paper = {
         "title": "Proxy-RLHF: Decoupling Generation and Alignment in Large Language Model with Proxy",
         "id": "2403.04283",
-        "citation": textwrap.dedent("""\
-            @article{zhu2024proxyrlhf,
-                title   = {{Proxy-RLHF: Decoupling Generation and Alignment in Large Language Model with Proxy}},
-                author  = {Yu Zhu and Chuxiong Sun and Wenfei Yang and Wenqiang Wei and Bo Tang and Tianzhu Zhang and Zhiyu Li and Shifeng Zhang and Feiyu Xiong and Jie Hu and Mingchuan Yang},
-                year    = 2024,
-                eprint  = {arXiv:2403.04283},
-            }"""),  # noqa: E501
+        "citation": CITATION,
     }
 
     def __init__(self, model, reward_funcs, args: ProxyPPOConfig | None = None, processing_class=None, **kwargs):
@@ -276,30 +240,29 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         """A card of what this is: not a fine-tuned model but a proxy over one."""
         if not self.is_world_process_zero():
             return
-        config = self.model.proxy_config
-        trainable, everything = self.model.get_nb_trainable_parameters()
-        base = config.base_model_name_or_path or type(self.model.lm).__name__
-        metadata = ModelCardData(
-            library_name="trl-proxy",
-            base_model=base if not os.path.exists(base) and "/" in base else None,
+        rewards = ", ".join(
+            f"{weight:g} x `{name}`"
+            for name, weight in zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        )
+        measured = [log["eval_reward"] for log in self.state.log_history if "eval_reward" in log]
+        training = (
+            f"It was trained by PPO with `trl-proxy` on {dataset_name or 'the prompts given to the trainer'} for "
+            f"{self.state.global_step} steps, on the reward {rewards}."
+        )
+        if measured:
+            training += (
+                f" On the validation prompts the reward was {measured[0]:.3f} at first, {max(measured):.3f} at best."
+            )
+        card = proxy_card(
+            self.model.proxy_config,
+            *self.model.get_nb_trainable_parameters(),
+            revision=getattr(self.model.lm.config, "_commit_hash", None),
+            training=training,
+            name=model_name,
+            dataset=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            datasets=[dataset_name] if dataset_name and "/" in dataset_name else None,
-            model_name=model_name,
         )
-        text = _CARD.format(
-            metadata=metadata.to_yaml(),
-            name=model_name or "proxy",
-            base=base,
-            dataset=dataset_name or "the prompts given to the trainer",
-            rewards=", ".join(self.reward_func_names),
-            trainable=f"{trainable:,}",
-            share=f"{100 * trainable / everything:.2f}",
-            settings="\n".join(
-                f"- `{key}`: {value}" for key, value in dataclasses.asdict(config).items() if value is not None
-            ),
-            citation=self._paper["citation"],
-        )
-        ModelCard(text).save(os.path.join(self.args.output_dir, "README.md"))
+        card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.accelerator.unwrap_model(self.model if model is None else model)
