@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy.card import proxy_card
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -40,6 +41,8 @@ def folder(tmp_path_factory, tiny_lm, tiny_tokenizer, with_random_gate):
     tiny_tokenizer.save_pretrained(folder / "lm")
     with_random_gate(lm, ProxyConfig(p_t=0.02)).save_pretrained(folder / "prefix")
     with_random_gate(lm, ProxyConfig(p_t=0.02, features="candidate")).save_pretrained(folder / "candidate")
+    config = ProxyConfig.from_pretrained(folder / "prefix")
+    proxy_card(config, 1, 2).save(folder / "prefix" / "README.md")
     for name, seed in (("prefix", 5), ("candidate", 6)):
         run = {"seed": seed, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_iterations": 4}
         history = [{"step": step, "reward": 0.1 * step} for step in (1, 2, 3)]
@@ -123,6 +126,9 @@ def test_a_whole_comparison(run, tmp_path, capsys):
     }
     pairs = zip(records["best_of_n-n=1-seed0"]["rewards"], records["best_of_n-n=2-seed0"]["rewards"], strict=True)
     assert all(two >= one for one, two in pairs)
+
+    card = (Path.cwd() / "prefix" / "README.md").read_text()
+    assert f"- gain over the LM's greedy decoding: {proxy['delta_vs_sft']:.3f} (95 % interval " in card
 
     # what training left, and the sizes
     assert (proxy["episodes"], proxy["train_seconds"], proxy["train_peak_memory_mb"]) == (24, 7.5, 300.0)
