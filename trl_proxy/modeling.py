@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from .candidates import NUM_SCALARS, Candidates, candidate_scalars
-from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
+from .config import WEIGHTS_NAME, ProxyConfig, other_copy, proxy_file
 from .decoding import HiddenTap, propose_for, record_body
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
@@ -77,7 +77,8 @@ class Proxy(nn.Module):
             self.load_state_dict(weights)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"{path} does not fit its {type(self.config).__name__} (damaged, or made with other sizes): {error}"
+                f"{path} does not fit its {type(self.config).__name__} (damaged, or made with other sizes): "
+                f"{' '.join(str(error).split())}{other_copy(path)}."
             ) from error
 
 

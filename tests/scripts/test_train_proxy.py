@@ -177,7 +177,7 @@ def test_a_folder_is_one_runs(script, tiny_run, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out" / ".lock"),
-        pytest.raises(ValueError, match=r"Another process trains in .*out: let it end, or choose another"),
+        pytest.raises(ValueError, match=r"Another process is at work in .*out: let it end, or choose another"),
     ):
         run(script, tiny_run(), monkeypatch, tmp_path)
     assert os.listdir(tmp_path / "out") in ([], [".lock"])
