@@ -128,8 +128,12 @@ class _LogitsWatch:
         self.head, self.largest = head, []
 
     def __enter__(self):
-        self.hook = self.head.register_forward_hook(lambda module, args, logits: self.largest.append(logits.amax()))
+        self.hook = self.head.register_forward_hook(self._look)
         return self
+
+    def _look(self, module, args, logits: torch.Tensor) -> None:
+        if logits.numel():
+            self.largest.append(logits.amax())
 
     def __exit__(self, *exception):
         self.hook.remove()

@@ -32,7 +32,8 @@ def _why_not_written(error: Exception) -> str | None:
     # safetensors and tokenizers are written in Rust, and torch writes its archives in C++.
     if reason := re.search(r"([^:]+) \(os error \d+\)", str(error)):
         return reason[1].strip()
-    return "torch could not write its file" if "inline_container" in str(error) else None
+    in_archive = any(part in str(error) for part in ("inline_container", "iostream error"))
+    return "torch could not write its file" if in_archive else None
 
 
 @contextmanager

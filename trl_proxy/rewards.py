@@ -7,6 +7,7 @@ prompts and completions either plain strings or conversational message lists.
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -374,6 +375,13 @@ def repetition_penalty(prompts: Sequence, completions: Sequence, **kwargs) -> li
     return rewards
 
 
+def _is_finite(value) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what floats hold
+        return False
+
+
 def _short(value) -> str:
     """The value in one line of at most 200 characters."""
     return " ".join(repr(value).split())[:200]
@@ -414,8 +422,7 @@ def check_rewards(rewards: Sequence, n_expected: int, prompts: Sequence, name: s
             f"The reward function '{name}' returned {len(values)} rewards, but {n_expected} were expected."
         )
     for value, prompt in zip(values, prompts, strict=True):
-        # A larger integer than floats go is no finite number either.
-        if not isinstance(value, Real) or not abs(value) <= sys.float_info.max:
+        if not _is_finite(value):
             raise ValueError(
                 f"The reward function '{name}' returned {_short(value)} where a finite number is needed, for the "
                 f"prompt {to_text(prompt, 'user')[:200]!r}."

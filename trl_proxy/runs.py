@@ -33,7 +33,15 @@ RESULTS_FILE = "train_results.json"
 LOCK_FILE = ".lock"
 PATIENCE = 20.0  # seconds; torch's launcher kills what has not ended 30 s after its signal
 # What may differ between an interrupted run and the command that goes on with it.
-_NOT_IDENTITY = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "log_level", "report_to"}
+_NOT_IDENTITY = {
+    "resume_from_checkpoint",
+    "output_dir",
+    "logging_dir",
+    "disable_tqdm",
+    "log_level",
+    "report_to",
+    "reward_timeout",
+}
 
 
 @dataclass

@@ -3,7 +3,9 @@
 import importlib.metadata
 import json
 import sys
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -255,6 +257,34 @@ def test_check_rewards_names_function_and_shortened_prompt(bad):
     assert repr(bad) in message
     assert "x" * 200 in message
     assert "x" * 201 not in message
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "rewards", [None, 3, 1.5, "12", b"12", {0: 1.0, 1: 2.0}, {1.0, 2.0}, object(), True, len, torch.tensor(1.0)]
+)
+def test_check_rewards_wants_a_list(rewards):
+    with pytest.raises(ValueError, match="where a list of 2 numbers is needed") as error:
+        check_rewards(rewards, 2, ["a", "b"], "my_reward")
+    message = str(error.value)
+    assert message.startswith("The reward function 'my_reward' returned a ")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "bad", [10**400, [[1.0]], np.array([1.0, 2.0]), torch.ones(2, 2), "x" * 1000, Decimal(1), {}, (), b"1", "nan"]
+)
+def test_check_rewards_names_what_is_no_number(bad):
+    with pytest.raises(ValueError, match="where a finite number is needed") as error:
+        check_rewards([0.0, bad], 2, ["a", "b"], "my_reward")
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 350
+
+
+def test_check_rewards_takes_what_holds_numbers():
+    for given in ((1.0, 2.0), np.array([1, 2]), [torch.tensor(1.0), np.float32(2)], (x for x in (1.0, 2.0))):
+        assert check_rewards(given, 2, ["a", "b"], "f") == [1.0, 2.0]
 
 
 def test_check_rewards_wrong_length():
