@@ -206,11 +206,13 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
         run(recipes=["ppo=nothing.yaml"])
 
 
+@pytest.mark.fault
 def test_folders_that_are_no_baselines_are_named(run, folder, no_model):
     with pytest.raises(ValueError, match=r"prompts.jsonl has no run.json"):
         run(baselines=[folder / "prompts.jsonl"])
 
 
+@pytest.mark.fault
 def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_path):
     settings = {"methods": ["best_of_n"]}
     monkeypatch.setattr(compare, "draw", lambda *args: None)
@@ -235,6 +237,7 @@ def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_
     assert again["best_of_n-n=2-seed0"] == second["best_of_n-n=2-seed0"]
 
 
+@pytest.mark.fault
 def test_a_retrained_proxy_is_not_taken_for_the_old_one(run, compare, monkeypatch, folder, tmp_path, tiny_lm):
     monkeypatch.setattr(compare, "draw", lambda *args: None)
     model = ProxyModelForCausalLM(tiny_lm(), ProxyConfig())
@@ -260,6 +263,7 @@ def test_num_prompts_is_a_fixed_choice(run, compare, monkeypatch, tmp_path):
     assert len(set(prompts[0])) == 3
 
 
+@pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -277,6 +281,7 @@ def test_mistakes_are_named_before_a_model_is_loaded(run, overrides, message):
         run(**overrides)
 
 
+@pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
 def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm):
     ProxyModelForCausalLM(tiny_lm(), ProxyConfig(p_t=0.02)).save_pretrained(tmp_path / "p")
@@ -286,6 +291,7 @@ def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm)
         run(proxies=[folder / "prefix", f"{tmp_path / 'p'}:5"])
 
 
+@pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
 def test_empty_data(run, folder, monkeypatch):
     monkeypatch.setattr("trl_proxy.defaults.Dataset.from_json", lambda path: Dataset.from_dict({"prompt": []}))
@@ -293,6 +299,7 @@ def test_empty_data(run, folder, monkeypatch):
         run()
 
 
+@pytest.mark.fault
 def test_unknown_yaml_keys(compare, tmp_path):
     (tmp_path / "recipe.yaml").write_text("methods: [sft]\nbest_off: [2]\n")
     with pytest.raises(ValueError, match=r"Unknown arguments from config file.*best_off"):
@@ -329,6 +336,7 @@ def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
     assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
 
 
+@pytest.mark.fault
 def test_half_a_record_is_named_before_a_model_is_loaded(run, no_model, tmp_path):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "sft-seed0.json").write_text('{"method": "sft", "rew')

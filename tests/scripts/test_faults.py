@@ -407,7 +407,7 @@ def test_no_checkpoint_to_go_on_from(train, name):
         train(resume_from_checkpoint=name)
 
 
-# Reward servers
+# A reward server
 
 ASKING = """
 import json, urllib.request

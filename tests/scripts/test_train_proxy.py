@@ -50,6 +50,7 @@ def test_it_trains_and_leaves_a_proxy_that_loads(script, tiny_run, tiny_lm, monk
     assert model.gate.mlp[-1].weight.abs().sum() > 0
 
 
+@pytest.mark.fault
 def test_the_same_command_goes_on_and_equals_one_run(script, tiny_run, monkeypatch, tmp_path):
     run(script, tiny_run(), monkeypatch, tmp_path)
     whole = load_file(tmp_path / "out" / "proxy_model.safetensors")
@@ -80,6 +81,7 @@ def upper(prompts, completions, **kwargs):
 """
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_the_run_after_its_rollout(script, tiny_run, monkeypatch, tmp_path, name):
     """With a checkpoint, from which the same command goes on to the same result."""
@@ -102,6 +104,7 @@ def test_a_signal_ends_the_run_after_its_rollout(script, tiny_run, monkeypatch, 
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+@pytest.mark.fault
 def test_a_signal_does_not_wait_for_slow_updates(script, tiny_run, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "PATIENCE", 0.0)
     when = "os.path.isdir('out/checkpoint-4')"
@@ -127,6 +130,7 @@ def test_the_best_checkpoint_is_kept(script, tiny_run, monkeypatch, tmp_path, ev
     assert state["best_model_checkpoint"] == str(best)
 
 
+@pytest.mark.fault
 def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path):
     run(script, tiny_run(), monkeypatch, tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint of another run \(different: learning_rate, p_t\)"):
@@ -137,6 +141,7 @@ def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path)
         run(script, tiny_run(), monkeypatch, tmp_path)
 
 
+@pytest.mark.fault
 def test_a_folder_is_one_runs(script, tiny_run, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     with (
@@ -167,6 +172,7 @@ def test_every_recipe_is_understood(script, recipe, tmp_path):
     assert training_args.max_completion_length == settings["max_completion_length"]
 
 
+@pytest.mark.fault
 def test_unknown_yaml_keys_are_named(script, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("output_dir: x\nlearning_rat: 1.0\nuse_cpu: true\nbf16: false\n")
@@ -174,6 +180,7 @@ def test_unknown_yaml_keys_are_named(script, tmp_path):
         script.make_parser().parse_args_and_config(["--config", str(path)])
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -192,6 +199,7 @@ def test_a_mistake_is_one_sentence_before_work_starts(script, tiny_run, monkeypa
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.fault
 def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "train_proxy.py"), *tiny_run(max_candidates=0)],
@@ -207,6 +215,7 @@ def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.fault
 def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
     """Two gloo ranks on the CPU, launched as on two GPUs; a signal to one of them, or its bad reward, stops both. The
     same command goes on to the same result."""

@@ -11,6 +11,7 @@ from trl_proxy.config import proxy_file
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -63,6 +64,7 @@ def test_round_trip(tmp_path):
     assert ProxyConfig.from_pretrained(tmp_path / "pooled").pooled_features
 
 
+@pytest.mark.fault
 def test_unknown_keys_are_named(tmp_path):
     ProxyConfig().save_pretrained(tmp_path)
     path = tmp_path / "proxy_config.json"
@@ -71,6 +73,7 @@ def test_unknown_keys_are_named(tmp_path):
         ProxyConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault
 def test_bad_values_on_disk_are_named(tmp_path):
     ProxyConfig().save_pretrained(tmp_path)
     path = tmp_path / "proxy_config.json"
@@ -79,6 +82,7 @@ def test_bad_values_on_disk_are_named(tmp_path):
         ProxyConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("content", ["", '{"p_t": 0.', "[1, 2]", "\x00\x01"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "proxy_config.json").write_text(content)
@@ -86,6 +90,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
         ProxyConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault
 def test_no_proxy_there(tmp_path):
     with pytest.raises(ValueError, match=r"holds no proxy: proxy_config\.json is missing"):
         ProxyConfig.from_pretrained(tmp_path)
@@ -107,6 +112,7 @@ def test_ppo_defaults(arguments):
     assert PPOConfig(num_generations=2, **arguments).num_generations == 2
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("cls", "field", "value"),
     [
@@ -124,12 +130,14 @@ def test_ppo_refuses_by_name(arguments, cls, field, value):
         cls(**arguments, **{field: value})
 
 
+@pytest.mark.fault
 def test_ppo_refuses_beams(arguments):
     with pytest.raises(ValueError, match="`num_beams` above 1"):
         PPOConfig(**arguments, generation_kwargs={"num_beams": 4})
     assert PPOConfig(**arguments, generation_kwargs={"num_beams": 1}).generation_kwargs == {"num_beams": 1}
 
 
+@pytest.mark.fault
 def test_ppo_keeps_the_checks_of_its_parent(arguments):
     """One generation is allowed, but a batch that does not divide is still refused."""
     with pytest.raises(ValueError, match="divisible"):

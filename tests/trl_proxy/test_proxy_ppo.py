@@ -209,6 +209,7 @@ def failing(prompts, completions, **kwargs):
     return rewards
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "text"])
 def test_a_bad_reward_stops_the_run_with_its_prompt_and_a_checkpoint(train, tmp_path, value):
     failing.after, failing.value, failing.prompt = 1, value, None
@@ -225,6 +226,7 @@ def test_a_bad_reward_stops_the_run_with_its_prompt_and_a_checkpoint(train, tmp_
         assert torch.equal(weights, resumed.model.proxy.state_dict()[name]), name
 
 
+@pytest.mark.fault
 def test_a_reward_that_raises_names_the_prompt(train, tmp_path):
     def picky(prompts, completions, **kwargs):
         if "ck " in prompts:
@@ -236,6 +238,7 @@ def test_a_reward_that_raises_names_the_prompt(train, tmp_path):
     assert [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint")]
 
 
+@pytest.mark.fault
 def test_a_reward_of_the_wrong_count_stops_the_run(train):
     failing.after, failing.value, failing.prompt = 0, "short", None
     with pytest.raises(RewardError, match="31 rewards, but 32 were expected"):
@@ -371,6 +374,7 @@ def test_none_is_allowed_where_another_reward_applies(train):
         train(reward=[sometimes, sometimes], name="none")
 
 
+@pytest.mark.fault
 def test_an_async_reward(train):
     async def slow(prompts, completions, **kwargs):
         return [1.0] * len(prompts)
@@ -383,6 +387,7 @@ def test_an_async_reward(train):
         train(reward=broken, name="broken")
 
 
+@pytest.mark.fault
 def test_episodes_without_a_decision_break_nothing(train, tiny_lm, tiny_tokenizer, tmp_path):
     model = ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(max_candidates=1))
     args = ProxyPPOConfig(
@@ -424,6 +429,7 @@ def test_evaluation_takes_greedy_decisions(train):
     assert trainer.state.log_history[-1]["eval_accept_rate"] == 1.0
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -442,6 +448,7 @@ def test_bad_settings_are_one_sentence(train, config, message):
         train(call=False, **config)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
@@ -455,6 +462,7 @@ def test_bad_datasets_are_one_sentence(train, dataset, message):
         train(call=False, dataset=dataset)
 
 
+@pytest.mark.fault
 def test_a_tokenizer_without_end_of_sequence(tiny_lm, tiny_tokenizer, tmp_path):
     tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, padding_side="left")
     with pytest.raises(ValueError, match="no end-of-sequence token"):
@@ -467,6 +475,7 @@ def test_a_tokenizer_without_end_of_sequence(tiny_lm, tiny_tokenizer, tmp_path):
         )
 
 
+@pytest.mark.fault
 def test_a_plain_lm_is_refused(tiny_lm):
     with pytest.raises(TypeError, match="wrap the LM"):
         ProxyPPOTrainer(model=tiny_lm("llama"), reward_funcs=upper_case)

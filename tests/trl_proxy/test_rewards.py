@@ -182,6 +182,7 @@ def test_names_columns_and_empty_completions(balanced, harmless):
     assert balanced([], []) == []
 
 
+@pytest.mark.fault
 @needs_encoder
 def test_errors_of_preference_reward(tmp_path, harmless):
     with pytest.raises(ValueError, match=r"reward folder .* does not exist"):
@@ -199,6 +200,7 @@ def test_errors_of_preference_reward(tmp_path, harmless):
         harmless([3], ["c"])
 
 
+@pytest.mark.fault
 def test_missing_encoder_package_names_the_command(monkeypatch):
     def not_found(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -235,6 +237,7 @@ def test_sentiment_reward():
     assert scores[2] == 0
 
 
+@pytest.mark.fault
 def test_sentiment_reward_names_the_command(monkeypatch):
     rewards._sentiment_analyzer.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
@@ -247,6 +250,7 @@ def test_check_rewards_passes_numbers_on():
     assert check_rewards(torch.tensor([1.0, 2.0]), 2, ["a", "b"], "f") == [1.0, 2.0]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf"), "3", [1.0], 1j])
 def test_check_rewards_names_function_and_shortened_prompt(bad):
     prompts = ["good", [{"role": "user", "content": "x" * 500}]]
@@ -287,6 +291,7 @@ def test_check_rewards_takes_what_holds_numbers():
         assert check_rewards(given, 2, ["a", "b"], "f") == [1.0, 2.0]
 
 
+@pytest.mark.fault
 def test_check_rewards_wrong_length():
     with pytest.raises(ValueError, match="'my_reward' returned 1 rewards, but 2 were expected"):
         check_rewards([0.0], 2, ["a", "b"], "my_reward")
