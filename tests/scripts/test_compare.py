@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy.config import WriteError
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -192,7 +194,7 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
     for method, settings in (("proxy", {"num_iterations": 1, "gate_hidden_sizes": [8]}), ("dpo", {"lora_r": 2})):
         (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(shared | settings))
         recipes.append(f"{method}={tmp_path / method}.yaml")
-    launch = f"env PYTHONPATH={folder} {sys.executable}"
+    launch = f"env PYTHONPATH={ROOT}:{folder} {sys.executable}"
     call = {"proxies": [], "recipes": recipes, "seeds": [4], "launch": launch, "methods": ["proxy"]}
     records = run(**call)
     assert set(records) == {"sft-seed0", "dpo-lora_r=2-seed4", "proxy-prefix_gate_hidden_sizes=_8_-seed4"}
@@ -315,6 +317,31 @@ def test_recipes(compare, path):
     for name in args.proxies:  # what a recipe of the training writes
         trained = [yaml.safe_load(p.read_text())["output_dir"] for p in path.parent.glob("*.yaml") if p != path]
         assert name in trained
+
+
+@pytest.mark.fault
+def test_a_full_disk_loses_nothing(run, folder, tmp_path):
+    """A record, a plot and the report; the same command writes what is missing."""
+    arguments = {"methods": ["sft"], "proxies": []}
+    for place in ("records/sft-seed0.json.tmp", "plots/reward_distributions.png", "samples.md.tmp", "report.md.tmp"):
+        full = tmp_path / place
+        full.parent.mkdir(exist_ok=True)
+        full.symlink_to("/dev/full")
+        with pytest.raises(WriteError, match=r"could not be written \(No space left on device\): make room"):
+            run(**arguments)
+        full.unlink()
+        assert not (tmp_path / "report.md").exists()
+    assert list(run(**arguments)) == ["sft-seed0"]
+    assert (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["run.json", "train_results.json"])
+def test_damaged_files_of_a_training_are_named(run, folder, no_model, tmp_path, name):
+    shutil.copytree(folder / "prefix", tmp_path / "proxy")
+    (tmp_path / "proxy" / name).write_text('{"seed": 5')
+    with pytest.raises(ValueError, match=rf"proxy/{name} is damaged: take it from a copy, or train anew"):
+        run(proxies=[tmp_path / "proxy"])
 
 
 def test_variants_name_what_is_not_default(compare):

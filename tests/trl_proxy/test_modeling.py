@@ -1,6 +1,7 @@
 """Tests of trl_proxy/modeling.py: gated logits, what trains and what does not, files, and refused input."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -489,6 +490,16 @@ def test_flipped_bits_in_the_weights_are_named(tiny_lm, saved_proxy, place):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"proxy_model\.safetensors"):
         ProxyModelForCausalLM.from_pretrained(tiny_lm(), saved_proxy)
+
+
+@pytest.mark.fault
+def test_the_checkpoint_that_holds_a_damaged_file_too_is_named(gated, saved_proxy, tiny_lm):
+    gated().save_pretrained(saved_proxy / "checkpoint-8")
+    os.truncate(saved_proxy / WEIGHTS, 1000)
+    with pytest.raises(ValueError, match=r"damaged.*; .*checkpoint-8 holds a copy\.$") as error:
+        ProxyModelForCausalLM.from_pretrained(tiny_lm(), saved_proxy)
+    assert len(str(error.value).splitlines()) == 1
+    ProxyModelForCausalLM.from_pretrained(tiny_lm(), saved_proxy / "checkpoint-8")
 
 
 def test_many_proxies_one_lm(gated, with_random_gate, tiny_lm, ragged_batch, tmp_path):

@@ -167,3 +167,12 @@ def test_a_folder_without_a_value_head_is_named(train, tmp_path):
     os.remove(tmp_path / "run/checkpoint-8/value_head.safetensors")
     with pytest.raises(ValueError, match=r"no checkpoint of PPOTrainer: value_head.safetensors is missing"):
         train(max_steps=16, name="again", resume=str(tmp_path / "run/checkpoint-8"))
+
+
+@pytest.mark.fault
+def test_logits_that_are_no_numbers_stop_the_run(train):
+    """Sampling raises then, in torch, of tensors that nobody has seen."""
+    trainer = train(call=False)
+    trainer.model.get_output_embeddings().weight.data[7] = float("nan")
+    with pytest.raises(ValueError, match="LM's logits are NaN or infinite in the batch whose first prompt is '"):
+        trainer.train()
