@@ -232,7 +232,12 @@ def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
         return subprocess.run(
             [*launch, *tiny_run(per_device_train_batch_size=2, num_generations=2, replay_rollouts=2, **flags)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
+                "ACCELERATE_USE_CPU": "1",
+                "OMP_NUM_THREADS": "1",
+            },
             capture_output=True,
             text=True,
             check=False,
