@@ -127,8 +127,9 @@ def hold(output_dir: str | os.PathLike) -> None:
 def wait_until_free(folder: str | os.PathLike, stopped: Callable[[], bool] = lambda: False) -> None:
     """Waits while another process is at work in the folder: a training that has outlived the command it was started
     by; `stopped` is asked whether to wait no longer."""
-    lock = FileLock(os.path.join(folder, LOCK_FILE), timeout=0)
-    while not stopped():
+    path = os.path.join(folder, LOCK_FILE)
+    lock = FileLock(path, timeout=0)
+    while os.path.isfile(path) and not stopped():
         try:
             with lock:
                 return
