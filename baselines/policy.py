@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from trl import is_conversational
 
+from trl_proxy.actor_critic import check_chat_template
 from trl_proxy.rewards import check_rewards, length_buckets
 from trl_proxy.rollout import trace
 
@@ -61,7 +62,8 @@ class Policy(Protocol):
 
 def encode_prompts(prompts: Prompts, tokenizer) -> list[list[int]]:
     """Token ids of every prompt, unpadded, exactly as TRL's trainers encode them: conversations through the chat
-    template with the generation prompt, strings as they are."""
+    template with the generation prompt, strings as they are. `ValueError` where the tokenizer has no template."""
+    check_chat_template(prompts[0], tokenizer)
     if is_conversational({"prompt": prompts[0]}):
         return tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
     return tokenizer(prompts)["input_ids"]

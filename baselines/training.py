@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
 
 from baselines.sft import SFTPolicy
+from trl_proxy.actor_critic import check_chat_template
 from trl_proxy.decoding import HiddenTap
 from trl_proxy.runs import RunArguments, begin, fit, load_datasets, load_policy, load_rewards
 
@@ -35,6 +36,7 @@ def train_on_reward(method: str, trainer_class, run_args: RunArguments, training
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args)
     lm, tokenizer = load_policy(model_args, training_args)
+    check_chat_template(train_dataset[0]["prompt"], tokenizer)
     trainer = trainer_class(
         model=lm,
         reward_funcs=rewards,

@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import gaussian_kde
 
 from eval.stats import seeds_mean_ci
+from trl_proxy.config import writing
 
 # Okabe & Ito 2008, 'Color Universal Design'; without yellow, which is too light for a line on white
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -41,8 +42,9 @@ def save(figure, path: str | os.PathLike) -> Path:
     """Writes `path` as PNG and its twin as SVG; returns the PNG's path."""
     path = Path(path).with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with writing(path):
+        figure.savefig(path)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
     return path
 

@@ -1,5 +1,6 @@
 """How likely responses and answers are under an LM, and how far a policy is from it: teacher-forced forwards."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -63,6 +64,9 @@ def likelihood(
     Returns:
         n sums over the response's tokens, and the KL divergence of the two next-token distributions, exact at each of
         the responses' positions and averaged over them; None without `policy_lm`.
+
+    Raises:
+        ValueError: the LM's logits are NaN.
     """
     sums, divergence = [0.0] * len(prompt_ids), 0.0
     models = [lm] if policy_lm is None or policy_lm is lm else [lm, policy_lm]
@@ -80,6 +84,11 @@ def likelihood(
         if len(logprobs) > 1:
             logprobs[1].clamp_(min=torch.finfo(torch.float32).min)  # a gated -inf: 0 log 0 is 0, not NaN
             divergence += F.kl_div(*logprobs, log_target=True, reduction="sum").item()
+    if any(map(math.isnan, sums)):
+        raise ValueError(
+            f"The LM's logits are NaN for {sum(map(math.isnan, sums))} of {len(sums)} responses: load it in float32 "
+            "if it computes in float16, or look for damaged weights."
+        )
     return sums, None if policy_lm is None else divergence / sum(map(len, response_ids))
 
 

@@ -34,6 +34,7 @@ from trl_proxy.config import write_text
 from trl_proxy.decoding import HiddenTap
 from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
 from trl_proxy.gate import decide
+from trl_proxy.runs import one_sentence
 
 PLAIN = "generate, sampled"
 CONFIGS = {
@@ -399,5 +400,5 @@ if __name__ == "__main__":
         main(
             *HfArgumentParser(BenchmarkArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
         )
-    except ValueError as error:
-        raise SystemExit(f"benchmark: {error}") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmark: {one_sentence(error)}") from error

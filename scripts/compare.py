@@ -24,10 +24,8 @@ records that exist with the same settings are kept, so repeating a finished comm
 
 import dataclasses
 import hashlib
-import json
 import os
 import shlex
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +46,20 @@ from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.card import add_results
 from trl_proxy.config import CONFIG_NAME, FILLED_IN, WEIGHTS_NAME, proxy_file, write_text
 from trl_proxy.defaults import EMBEDDED, load_prompts
-from trl_proxy.runs import RUN_FILE, flags, is_finished, load_policy, to_device
+from trl_proxy.runs import (
+    RESULTS_FILE,
+    RUN_FILE,
+    flags,
+    hold,
+    interrupt_on_sigterm,
+    is_finished,
+    load_policy,
+    one_sentence,
+    read_json,
+    run_command,
+    to_device,
+    wait_until_free,
+)
 
 METHODS = ("sft", "proxy", "best_of_n")
 
@@ -173,12 +184,14 @@ def train_missing(args: CompareArguments) -> list["Trained"]:
         for seed in args.seeds:
             folder = os.path.join(args.output_dir, f"{method}-seed{seed}")
             settings = args.train_settings | {"seed": seed}
+            os.makedirs(folder, exist_ok=True)
+            wait_until_free(folder)
             if not is_finished(folder, recipe_settings | settings):
                 print(f"Training {folder} by {path}.")
                 script = ["train_proxy.py"] if method == "proxy" else ["train_baseline.py", "--method", method]
                 script[0] = str(Path(__file__).with_name(script[0]))
                 command = [*shlex.split(args.launch), *script, "--config", path]
-                if subprocess.run([*command, *flags(settings), "--output_dir", folder]).returncode:
+                if run_command([*command, *flags(settings), "--output_dir", folder]):
                     raise ValueError(f"training {folder} failed, see above; the same command goes on from there.")
             trained.append(read_proxy(folder) if method == "proxy" else read_baseline(folder))
     return trained
@@ -208,7 +221,7 @@ def read_proxy(name: str) -> Trained:
     config = ProxyConfig.from_pretrained(folder)
     weights = Path(proxy_file(folder, WEIGHTS_NAME))
     # scripts/train_proxy.py leaves its settings in the output folder, beside the proxy or above a checkpoint
-    run = next((json.loads(p.read_text()) for f in (".", "..") if (p := Path(folder, f, "run.json")).is_file()), {})
+    run = next((read_json(p) for f in (".", "..") if (p := Path(folder, f, RUN_FILE)).is_file()), {})
     if seed is None:
         if "seed" not in run:
             raise ValueError(
@@ -238,7 +251,7 @@ def read_baseline(folder: str) -> Trained:
     run_file = Path(folder, RUN_FILE)
     if not run_file.is_file():
         raise ValueError(f"{folder} has no {RUN_FILE}: it is no output folder of scripts/train_baseline.py.")
-    run = json.loads(run_file.read_text())
+    run = read_json(run_file)
     weights = min(Path(folder).glob("*model*.safetensors"), default=None)
     if weights is None:
         raise ValueError(f"{folder} holds no trained model yet: let scripts/train_baseline.py finish first.")
@@ -255,8 +268,8 @@ def read_baseline(folder: str) -> Trained:
 
 def read_results(folder: str) -> dict:
     """What a training script measured, of finished runs."""
-    results_file = Path(folder, "train_results.json")
-    results = json.loads(results_file.read_text()) if results_file.is_file() else {}
+    results_file = Path(folder, RESULTS_FILE)
+    results = read_json(results_file) if results_file.is_file() else {}
     has_log = bool(results) and Path(folder, "trainer_state.json").is_file()
     return {
         "episodes": results.get("episodes"),
@@ -449,6 +462,7 @@ def draw(output_dir: str, trained: list[Trained]) -> None:
 
 def main(args: CompareArguments, model_args: ModelConfig) -> None:
     """Checks everything that can be checked before a model is loaded, evaluates, draws."""
+    hold(args.output_dir)
     trained = [read_proxy(name) for name in args.proxies] if "proxy" in args.methods else []
     trained += [read_baseline(folder) for folder in args.baselines]
     prompts = select_prompts(args)
@@ -458,7 +472,10 @@ def main(args: CompareArguments, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
+    interrupt_on_sigterm()
     try:
         main(*make_parser().parse_args_and_config())
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"compare: {error}") from error
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"compare: {one_sentence(error)}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("compare: interrupted; the same command goes on.") from None

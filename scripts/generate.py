@@ -16,8 +16,10 @@ from rich.text import Text
 from transformers import TextStreamer, set_seed
 
 from trl_proxy import ProxyModelForCausalLM
+from trl_proxy.actor_critic import check_chat_template
 from trl_proxy.defaults import EMBEDDED, load_lm
 from trl_proxy.rollout import trace
+from trl_proxy.runs import one_sentence
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,6 +58,7 @@ def main(args: argparse.Namespace) -> None:
     lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
+    check_chat_template(messages, tokenizer)
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(lm.device)
@@ -89,5 +92,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(make_parser().parse_args())
-    except ValueError as error:
-        raise SystemExit(f"generate: {error}") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"generate: {one_sentence(error)}") from error

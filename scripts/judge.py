@@ -61,7 +61,7 @@ from eval.judgements import (
 )
 from eval.report import print_table
 from trl_proxy.defaults import EMBEDDED
-from trl_proxy.runs import load_policy, to_device
+from trl_proxy.runs import load_policy, one_sentence, to_device
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
     "reward": ("rewards", "reward_model"),
@@ -315,5 +315,5 @@ def main(args: JudgeArguments, model_args: ModelConfig) -> None:
 if __name__ == "__main__":
     try:
         main(*make_parser().parse_args_and_config())
-    except (ImportError, ValueError, JudgeError) as error:
-        raise SystemExit(f"judge: {error}") from error
+    except (ImportError, OSError, ValueError, JudgeError) as error:
+        raise SystemExit(f"judge: {one_sentence(error)}") from error

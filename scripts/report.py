@@ -25,7 +25,7 @@ from eval.plots_training import (
     training_log,
 )
 from trl_proxy.config import CONFIG_NAME, write_text
-from trl_proxy.runs import RUN_FILE
+from trl_proxy.runs import RUN_FILE, one_sentence
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,5 +103,5 @@ def main(args: argparse.Namespace) -> Path:
 if __name__ == "__main__":
     try:
         main(make_parser().parse_args())
-    except ValueError as error:
-        raise SystemExit(f"report: {error}") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"report: {one_sentence(error)}") from error

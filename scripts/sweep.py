@@ -19,7 +19,6 @@ import os
 import queue
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -44,7 +43,7 @@ from eval.report import (
     with_interval,
 )
 from trl_proxy.config import write_text
-from trl_proxy.runs import flags, is_finished
+from trl_proxy.runs import flags, hold, interrupt_on_sigterm, is_finished, one_sentence, run_command, wait_until_free
 
 HERE = Path(__file__).parent
 
@@ -124,7 +123,7 @@ class Runner:
     """Runs the cells' commands, and ends those that run when it is told to."""
 
     def __init__(self, args: SweepArguments):
-        self.args, self.running, self.stopped = args, set(), False
+        self.args, self.stopped = args, False
         self.places = queue.SimpleQueue()
         for place in args.devices or [None] * args.jobs:
             self.places.put(place)
@@ -140,29 +139,23 @@ class Runner:
         place = self.places.get()
         try:
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place} if place is not None else {})
+            wait_until_free(cell.folder, self.is_stopped)
             for command in commands(self.args, cell):
-                if self.stopped:
-                    return
                 if "compare.py" in command[1]:
                     share_sft_record(self.args, cell)
                 with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
-                    # A session of its own: accelerate's workers end with their launcher.
-                    process = subprocess.Popen(
-                        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                    )
-                    self.running.add(process)
-                    status = process.wait()
-                    self.running.discard(process)
-                if status:
-                    raise ValueError(f"{cell.folder.name} failed, see {cell.folder / 'log.txt'}")
+                    output = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+                    if run_command(command, self.is_stopped, **output):
+                        raise ValueError(f"{cell.folder.name} failed, see {cell.folder / 'log.txt'}")
         finally:
             self.places.put(place)
+
+    def is_stopped(self) -> bool:
+        return self.stopped
 
     def stop(self) -> None:
         """Ends what runs, as Ctrl-C would: its checkpoints stay."""
         self.stopped = True
-        for process in list(self.running):
-            os.killpg(process.pid, signal.SIGTERM)
 
 
 def share_sft_record(args: SweepArguments, cell: Cell) -> None:
@@ -199,6 +192,7 @@ def table(args: SweepArguments) -> tuple[list[str], list[list[str]]]:
 
 def main(args: SweepArguments) -> list[list[str]]:
     """Runs what is missing, writes and prints the table; its rows."""
+    hold(args.output_dir)
     cells, failed = cells_of(args), []
     runner = Runner(args)
     pool = ThreadPoolExecutor(len(args.devices) or args.jobs)
@@ -227,9 +221,10 @@ def main(args: SweepArguments) -> list[list[str]]:
 
 
 if __name__ == "__main__":
+    interrupt_on_sigterm()
     try:
         main(*TrlParser((SweepArguments,), description=__doc__.partition("\n")[0]).parse_args_and_config())
-    except ValueError as error:
-        raise SystemExit(f"sweep: {error}") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"sweep: {one_sentence(error)}") from error
     except KeyboardInterrupt:
         raise SystemExit("sweep: interrupted; the same command goes on.") from None

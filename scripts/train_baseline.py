@@ -15,7 +15,7 @@ from trl import TrlParser
 
 from baselines.training import BASELINES
 from trl_proxy.actor_critic import RewardError
-from trl_proxy.runs import Interrupted, leave
+from trl_proxy.runs import Interrupted, leave, one_sentence
 
 
 def parse(arguments: list[str]):
@@ -42,10 +42,13 @@ def main(arguments: list[str]):
 if __name__ == "__main__":
     try:
         trainer = main(sys.argv[1:])
-    except (ValueError, RewardError) as error:
-        print(f"train_baseline: {error}", file=sys.stderr)
+    except (OSError, ValueError, RewardError) as error:
+        print(f"train_baseline: {one_sentence(error)}", file=sys.stderr)
         leave(1)
     except Interrupted as error:
         print(f"train_baseline: {error}", file=sys.stderr)
         leave(128 + error.signum)
+    except KeyboardInterrupt:
+        print("train_baseline: interrupted; the same command goes on.", file=sys.stderr)
+        leave(130)
     leave(0)

@@ -34,6 +34,7 @@ from trl_proxy.runs import (
     load_datasets,
     load_policy,
     load_rewards,
+    one_sentence,
 )
 
 # ProxyConfig on the command line: `--temperature` is the training arguments' already, and the model fills in the rest.
@@ -80,10 +81,13 @@ def main(
 if __name__ == "__main__":
     try:
         trainer = main(*make_parser().parse_args_and_config())
-    except (ValueError, RewardError) as error:
-        print(f"train_proxy: {error}", file=sys.stderr)
+    except (OSError, ValueError, RewardError) as error:
+        print(f"train_proxy: {one_sentence(error)}", file=sys.stderr)
         leave(1)
     except Interrupted as error:
         print(f"train_proxy: {error}", file=sys.stderr)
         leave(128 + error.signum)
+    except KeyboardInterrupt:
+        print("train_proxy: interrupted; the same command goes on.", file=sys.stderr)
+        leave(130)
     leave(0)

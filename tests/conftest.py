@@ -4,7 +4,9 @@ import functools
 import importlib.util
 import os
 import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -194,3 +196,30 @@ def brute_force():
 def load_script():
     """`load_script("compare")` -> the module scripts/compare.py; scripts are no package."""
     return functools.cache(lambda name: _load(Path(__file__).parents[1] / "scripts" / f"{name}.py"))
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """`start(argv, cwd, log, **env)` -> a `Script` of `fork_server.py`: a script of this project as a process of its
+    own, which starts in no time; its output goes to the end of the file `log`. `start.python` stands for `python`."""
+    module = _load(Path(__file__).parent / "fork_server.py")
+    path = str(tmp_path_factory.mktemp("fork") / "socket")
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, module.__file__, path], env=environment)
+    end = time.monotonic() + 120
+    while not os.path.exists(path):
+        assert server.poll() is None, "the server has ended"
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+    def start(argv, cwd, log, **env):
+        with open(log, "ab") as file:
+            output = (file.fileno(), file.fileno())
+            env = {**environment, "PYTHONPATH": f"{root}{os.pathsep}{cwd}", **env}
+            return module.Script(path, [str(x) for x in argv], str(cwd), env, output)
+
+    start.python = f"{path}.sh"
+    yield start
+    server.kill()
+    server.wait()

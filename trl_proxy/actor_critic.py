@@ -5,77 +5,141 @@ place of its leave-one-out baseline: rewards are kept, advantages are computed o
 tokens), and the loss is PPO's. The subclasses say what a step is.
 """
 
+import asyncio
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
-from trl import RLOOTrainer
+from trl import RLOOTrainer, is_conversational
 from trl.trainer.utils import RepeatSampler, is_async_callable
 
 from .advantages import gae, step_rewards
-from .config import PPOConfig
+from .config import PPOConfig, WriteError, write_checksums, writing
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
-from .rewards import check_rewards
+from .rewards import as_list, check_rewards
 
 
 class RewardError(RuntimeError):
     """A reward function raised, or returned something that is no reward. A checkpoint was saved before."""
 
 
+class _RewardTimeout(BaseException):
+    """Not an `Exception`: a reward function that catches those, to ask a server again, is to be stopped too."""
+
+
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
+    """Raises `_RewardTimeout` inside after so many seconds, in the main thread alone; None for no limit."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(signum, frame):
+        raise _RewardTimeout
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class _GuardedReward:
     """A reward function whose failure is kept until every process can hear of it."""
 
-    def __init__(self, function: Callable, name: str, allow_none: bool):
-        self.function, self.__name__, self.allow_none = function, name, allow_none
+    def __init__(self, function: Callable, name: str, allow_none: bool, timeout: float | None):
+        self.function, self.__name__, self.allow_none, self.timeout = function, name, allow_none, timeout
         self.error: str | None = None
 
     def __call__(self, prompts, completions, **columns):
         try:
-            return self._check(self.function(prompts=prompts, completions=completions, **columns), prompts)
-        except Exception as error:
-            self.error = self._describe(error, prompts, completions, columns)
+            with _time_limit(self.timeout):
+                rewards = as_list(
+                    self.function(prompts=prompts, completions=completions, **columns), len(prompts), self.__name__
+                )
+            return self._check(rewards, prompts)
+        except (Exception, SystemExit, _RewardTimeout) as error:
+            self.error = self._describe(error, prompts, lambda: self._guilty(prompts, completions, columns))
             return [0.0] * len(prompts)
 
-    def _check(self, rewards, prompts) -> list[float | None]:
+    def _check(self, rewards: list, prompts) -> list[float | None]:
         given = [0.0 if reward is None and self.allow_none else reward for reward in rewards]
         check_rewards(given, len(prompts), prompts, self.__name__)
         return rewards
 
-    def _describe(self, error: Exception, prompts, completions, columns) -> str:
-        if isinstance(error, ValueError) and self.__name__ in str(error):
+    def _guilty(self, prompts, completions, columns) -> Any | None:
+        """The first prompt on which the function fails, or is when as much time is over again, asked for one at a
+        time; None where it fails on none."""
+        prompt = None
+        try:
+            with _time_limit(self.timeout):
+                for i, prompt in enumerate(prompts):
+                    one = {
+                        k: v[i : i + 1] if isinstance(v, list) and len(v) == len(prompts) else v
+                        for k, v in columns.items()
+                    }
+                    self.function(prompts=[prompt], completions=completions[i : i + 1], **one)
+        except (Exception, SystemExit, _RewardTimeout):
+            return prompt
+        return None
+
+    def _describe(self, error: BaseException, prompts, find_guilty: Callable) -> str:
+        if isinstance(error, ValueError) and f"'{self.__name__}' returned" in str(error):
             return str(error)
-        # Which prompt was it? Ask for one at a time.
-        guilty = prompts[0]
-        for i in range(len(prompts)):
-            one = {
-                k: v[i : i + 1] if isinstance(v, list) and len(v) == len(prompts) else v for k, v in columns.items()
-            }
-            try:
-                self.function(prompts=prompts[i : i + 1], completions=completions[i : i + 1], **one)
-            except Exception:
-                guilty = prompts[i]
-                break
-        return f"The reward function {self.__name__} raised {type(error).__name__} ({error}) on the prompt {guilty!r}."
+        if isinstance(error, _RewardTimeout):
+            happened = f"took longer than reward_timeout={self.timeout} seconds"
+        else:
+            happened = f"raised {type(error).__name__} ({' '.join(str(error).split())})"
+        guilty = find_guilty()
+        where = f"the prompt {guilty!r}" if guilty is not None else f"a batch whose first prompt is {prompts[0]!r}"
+        return f"The reward function {self.__name__} {happened} on {where}."
 
 
 class _GuardedAsyncReward(_GuardedReward):
     """The same for a coroutine function."""
 
     async def __call__(self, prompts, completions, **columns):
+        limit = asyncio.timeout(self.timeout)
         try:
-            return self._check(await self.function(prompts=prompts, completions=completions, **columns), prompts)
+            async with limit:
+                rewards = await self.function(prompts=prompts, completions=completions, **columns)
+            return self._check(as_list(rewards, len(prompts), self.__name__), prompts)
         except Exception as error:
-            self.error = (
-                f"The reward function {self.__name__} raised {type(error).__name__} ({error}) on a batch whose first "
-                f"prompt is {prompts[0]!r}."
-            )
+            self.error = self._describe(_RewardTimeout() if limit.expired() else error, prompts, lambda: None)
             return [0.0] * len(prompts)
+
+
+class _LogitsWatch:
+    """Notices, inside, logits of the LM that are NaN or +inf: tokens drawn from them would be rubbish."""
+
+    def __init__(self, head: torch.nn.Module):
+        self.head, self.largest = head, []
+
+    def __enter__(self):
+        self.hook = self.head.register_forward_hook(self._look)
+        return self
+
+    def _look(self, module, args, logits: torch.Tensor) -> None:
+        if logits.numel():
+            self.largest.append(logits.amax())
+
+    def __exit__(self, *exception):
+        self.hook.remove()
+
+    def noticed(self) -> bool:
+        return not all(largest < torch.inf for largest in self.largest)
 
 
 class _EpochSampler(RepeatSampler):
@@ -107,6 +171,12 @@ class ActorCriticTrainer(RLOOTrainer):
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset=None, eval_dataset=None, **kwargs):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _check_dataset(name, dataset)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if args.reward_timeout is not None and not (in_main_thread and hasattr(signal, "setitimer")):
+            raise ValueError(
+                f"`reward_timeout` needs the main thread of a system with SIGALRM, got {args.reward_timeout}: leave "
+                "it out, or let the reward functions time out by themselves."
+            )
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self._guards: list[_GuardedReward] = []
         for i, func in enumerate(funcs):
@@ -114,7 +184,7 @@ class ActorCriticTrainer(RLOOTrainer):
                 guard = _GuardedAsyncReward if is_async_callable(func) else _GuardedReward
                 name = getattr(func, "__name__", type(func).__name__)
                 # With several reward functions TRL takes None for "does not apply to this sample".
-                self._guards.append(guard(func, name, allow_none=len(funcs) > 1))
+                self._guards.append(guard(func, name, len(funcs) > 1, args.reward_timeout))
                 funcs = [*funcs[:i], self._guards[-1], *funcs[i + 1 :]]
         super().__init__(
             model=model,
@@ -124,7 +194,11 @@ class ActorCriticTrainer(RLOOTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        for dataset in (train_dataset, eval_dataset):
+            if isinstance(dataset, Dataset):
+                check_chat_template(dataset["prompt"][0], self._tokenizer)
         self._staging = False
+        self._watch: _LogitsWatch | None = None
         cycle = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
         self.add_callback(_SaveBetweenRollouts(max(cycle, 1)))
 
@@ -143,6 +217,7 @@ class ActorCriticTrainer(RLOOTrainer):
     # Rewards
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._check_logits(prompts)
         self._scores = []
         # The same ends on every process, since rewards are gathered.
         for end in range(self._scored_every(), self.max_completion_length, self._scored_every()):
@@ -157,6 +232,16 @@ class ActorCriticTrainer(RLOOTrainer):
         rewards = self._sound_rewards(inputs, prompts, completions, completion_ids_list)
         self._scores.append(self._score(rewards, -self._missing_eos(completion_ids_list)))
         return rewards
+
+    def _check_logits(self, prompts) -> None:
+        """`ValueError` on every process where the LM's logits in this rollout were no numbers on one."""
+        first = [prompts[0]] if self._watch and self._watch.noticed() else []
+        if first := gather_object(first):
+            raise ValueError(
+                f"The LM's logits are NaN or infinite in the batch whose first prompt is {first[0]!r}: load it in "
+                "float32 if it computes in float16, look for damaged weights, or lower the learning rate if it is the "
+                "LM that is trained."
+            )
 
     def _missing_eos(self, completion_ids_list: list[list[int]]) -> torch.Tensor:
         """The penalty of each response of all processes, `(all B,)`: of those without end of sequence."""
@@ -206,13 +291,23 @@ class ActorCriticTrainer(RLOOTrainer):
     def _generate_and_score_completions(self, inputs):
         training = self.model.training
         rng_state = torch.get_rng_state()
+        head = self.accelerator.unwrap_model(self.model_wrapped).get_output_embeddings()
         try:
-            output = super()._generate_and_score_completions(inputs)
-        except RewardError:
-            if training:
-                # The state before this rollout: a resumed run makes the same rollout and asks for its rewards again.
-                torch.set_rng_state(rng_state)
-                self._save_checkpoint(self.model, trial=None)
+            with _LogitsWatch(head) as self._watch:
+                output = super()._generate_and_score_completions(inputs)
+        except RewardError as error:
+            if not training:
+                raise
+            # The state before this rollout: a resumed run makes the same rollout and asks for its rewards again.
+            torch.set_rng_state(rng_state)
+            self._save_checkpoint(self.model, trial=None)
+            raise RewardError(
+                f"{str(error).removesuffix('.')}: mend it, and the same command goes on from "
+                f"checkpoint-{self.state.global_step}, saved just now."
+            ) from error
+        except RuntimeError:
+            # Sampling has no tokens to draw where the logits are no numbers.
+            self._check_logits([row["prompt"] for row in inputs])
             raise
         batch = self._collect(output)
         mask, values = batch["action_mask"], batch["state_values"]
@@ -287,24 +382,34 @@ class ActorCriticTrainer(RLOOTrainer):
         return os.path.join(run_dir, ".partial") if self._staging else run_dir
 
     def _save_checkpoint(self, model, trial):
-        """Under a temporary name, then renamed: a run that is killed here leaves its last checkpoint whole."""
+        """Under a temporary name, then renamed: a run that is killed here, or finds the disk full, leaves its last
+        checkpoint whole. Raises [`WriteError`]."""
         run_dir = self._get_output_dir(trial)
         name = f"checkpoint-{self.state.global_step}"
-        self._staging = True
+        final, partial = os.path.join(run_dir, name), os.path.join(run_dir, ".partial")
+        staged = os.path.join(partial, name)
         try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        if self.state.best_global_step:
-            # Transformers has looked for it where this checkpoint stands for now.
-            self.state.best_model_checkpoint = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
-        self.accelerator.wait_for_everyone()
+            with writing(final):
+                self._staging = True
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._staging = False
+                if self.state.best_global_step:
+                    # Transformers has looked for it where this checkpoint stands for now.
+                    best = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
+                    self.state.best_model_checkpoint = best
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
+                    write_checksums(staged)
+                    shutil.rmtree(final, ignore_errors=True)
+                    os.replace(staged, final)
+        except WriteError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.args.should_save:
-            staged, final = os.path.join(run_dir, ".partial", name), os.path.join(run_dir, name)
-            self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(staged, final)
-            shutil.rmtree(os.path.join(run_dir, ".partial"), ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=self.args.save_total_limit,
@@ -312,6 +417,15 @@ class ActorCriticTrainer(RLOOTrainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+
+def check_chat_template(prompt: str | list[dict], tokenizer) -> None:
+    """`ValueError` where the prompt is a conversation and the tokenizer cannot write one."""
+    if is_conversational({"prompt": prompt}) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The prompts are conversations and the tokenizer of {tokenizer.name_or_path or 'the LM'} has no chat "
+            "template: set `chat_template` in its files, or give the prompts as plain text."
+        )
 
 
 def _check_dataset(name: str, dataset) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .candidates import NUM_SCALARS
-from .config import FILLED_IN, ProxyConfig
+from .config import FILLED_IN, ProxyConfig, other_copy
 from .gate import ProxyMLP
 
 LM_ITSELF = "__base__"  # PEFT's name, in a mixed batch, for a row without adapter
@@ -55,7 +55,8 @@ class Proxy(nn.Module):
             self.load_state_dict(weights)
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"{path} does not fit its {type(self.config).__name__} (damaged, or made with other sizes): {error}"
+                f"{path} does not fit its {type(self.config).__name__} (damaged, or made with other sizes): "
+                f"{' '.join(str(error).split())}{other_copy(path)}."
             ) from error
 
 

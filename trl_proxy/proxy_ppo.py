@@ -67,17 +67,16 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 f"`temperature` is {args.temperature} in the training arguments and {model.proxy_config.temperature} "
                 "in the proxy: the proposals' temperature is the proxy's, set it in ProxyConfig alone."
             )
-        if processing_class is not None:
-            if processing_class.eos_token_id is None:
-                raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
-            for dataset in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
-                _check_prompt_lengths(dataset, processing_class, model, args)
+        if processing_class is not None and processing_class.eos_token_id is None:
+            raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
         # RLOO's own `beta` would load a second LM as reference. Ours is the frozen LM: the rollout has its log-probs.
         beta, args.beta = args.beta, 0.0
         super().__init__(
             model=model, reward_funcs=reward_funcs, args=args, processing_class=processing_class, **kwargs
         )
         args.beta = beta
+        for dataset in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
+            _check_prompt_lengths(dataset, self._tokenizer, model, args)
         self._rollout: Rollout | None = None
         self._replay: list[dict[str, torch.Tensor]] = []
 

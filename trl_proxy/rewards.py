@@ -10,11 +10,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -374,6 +375,35 @@ def repetition_penalty(prompts: Sequence, completions: Sequence, **kwargs) -> li
     return rewards
 
 
+def _is_finite(value) -> bool:
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer beyond what floats hold
+        return False
+
+
+def _short(value) -> str:
+    """The value in one line of at most 200 characters."""
+    return " ".join(repr(value).split())[:200]
+
+
+def as_list(rewards, n_expected: int, name: str) -> list:
+    """
+    What a reward function returned, as a list: of a list, a tuple, a generator, an array or a tensor.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(rewards, torch.Tensor | np.ndarray):
+        rewards = rewards.tolist()
+    if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes | Mapping | Set):
+        raise ValueError(
+            f"The reward function '{name}' returned a {type(rewards).__name__} ({_short(rewards)}) where a list of "
+            f"{n_expected} numbers is needed."
+        )
+    return [value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value for value in rewards]
+
+
 def check_rewards(rewards: Sequence, n_expected: int, prompts: Sequence, name: str) -> list[float]:
     """
     The rewards as floats, after making sure that there is one finite number per prompt.
@@ -384,18 +414,18 @@ def check_rewards(rewards: Sequence, n_expected: int, prompts: Sequence, name: s
         name (`str`): the reward function's name, for the error message.
 
     Raises:
-        ValueError: the wrong length, or a reward that is None, NaN, infinite or not a number.
+        ValueError: no list, the wrong length, or a reward that is None, NaN, infinite or not a number.
     """
-    values = rewards.tolist() if isinstance(rewards, torch.Tensor) else list(rewards)
+    values = as_list(rewards, n_expected, name)
     if len(values) != n_expected:
         raise ValueError(
             f"The reward function '{name}' returned {len(values)} rewards, but {n_expected} were expected."
         )
     for value, prompt in zip(values, prompts, strict=True):
-        if not isinstance(value, Real) or not math.isfinite(value):
+        if not _is_finite(value):
             raise ValueError(
-                f"The reward function '{name}' returned {value!r} where a finite number is needed, for the prompt "
-                f"{to_text(prompt, 'user')[:200]!r}."
+                f"The reward function '{name}' returned {_short(value)} where a finite number is needed, for the "
+                f"prompt {to_text(prompt, 'user')[:200]!r}."
             )
     return [float(value) for value in values]
 

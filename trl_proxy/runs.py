@@ -4,11 +4,15 @@ clock and its record."""
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,17 +21,27 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerState, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
-from .config import write_text
+from .config import damaged_files, write_text, writing
 from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
 
 RUN_FILE = "run.json"
+RESULTS_FILE = "train_results.json"
 LOCK_FILE = ".lock"
 PATIENCE = 20.0  # seconds; torch's launcher kills what has not ended 30 s after its signal
 # What may differ between an interrupted run and the command that goes on with it.
-_NOT_IDENTITY = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "log_level", "report_to"}
+_NOT_IDENTITY = {
+    "resume_from_checkpoint",
+    "output_dir",
+    "logging_dir",
+    "disable_tqdm",
+    "log_level",
+    "report_to",
+    "reward_timeout",
+}
 
 
 @dataclass
@@ -77,7 +91,7 @@ def begin(method: str, run_args: RunArguments, training_args, *configs) -> tuple
         ValueError: the folder cannot be written, another process trains in it, or it holds another run.
     """
     if int(os.environ.get("RANK", "0")) == 0:
-        _hold(training_args.output_dir)
+        hold(training_args.output_dir)
     run = {"method": method, **identity(run_args, training_args, *configs)}
     checkpoint = checkpoint_to_resume(run_args, training_args, run)
     set_seed(training_args.seed)
@@ -87,8 +101,12 @@ def begin(method: str, run_args: RunArguments, training_args, *configs) -> tuple
 _held: dict[str, FileLock] = {}
 
 
-def _hold(output_dir: str) -> None:
-    """Locks the folder until the process ends, however that comes about."""
+def hold(output_dir: str | os.PathLike) -> None:
+    """Locks the folder until the process ends, however that comes about.
+
+    Raises:
+        ValueError: the folder cannot be written, or another process holds it.
+    """
     try:
         os.makedirs(output_dir, exist_ok=True)
         path = os.path.realpath(os.path.join(output_dir, LOCK_FILE))
@@ -98,12 +116,66 @@ def _hold(output_dir: str) -> None:
             _held[path] = lock
     except Timeout:
         raise ValueError(
-            f"Another process trains in {output_dir}: let it end, or choose another --output_dir."
+            f"Another process is at work in {output_dir}: let it end, or choose another --output_dir."
         ) from None
     except OSError as error:
         raise ValueError(
             f"The folder {output_dir} cannot be written ({error.strerror}): choose another --output_dir."
         ) from error
+
+
+def wait_until_free(folder: str | os.PathLike, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Waits while another process is at work in the folder: a training that has outlived the command it was started
+    by; `stopped` is asked whether to wait no longer."""
+    path = os.path.join(folder, LOCK_FILE)
+    lock = FileLock(path, timeout=0)
+    while os.path.isfile(path) and not stopped():
+        try:
+            with lock:
+                return
+        except Timeout:
+            time.sleep(0.2)
+
+
+def run_command(command: list[str], stopped: Callable[[], bool] = lambda: False, **kwargs) -> int:
+    """Runs a command in a session of its own. Where this process is interrupted, or `stopped` tells so, it gets
+    SIGTERM: a training saves its checkpoint then. `kwargs` are those of `subprocess.Popen`.
+
+    Returns:
+        its exit status.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+    """
+    if stopped():
+        raise KeyboardInterrupt
+    process = subprocess.Popen(command, start_new_session=True, **kwargs)
+    try:
+        while not stopped():
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(0.2)
+        raise KeyboardInterrupt
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+
+
+def one_sentence(error: BaseException) -> str:
+    """What a script says of an error, in one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename} could not be read or written ({error.strerror})."
+    return " ".join(str(error).split())
+
+
+def interrupt_on_sigterm() -> None:
+    """SIGTERM does what Ctrl-C does from now on, in the process of a script."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:
@@ -153,8 +225,9 @@ def identity(*configs) -> dict:
 
 def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> str | None:
     """The checkpoint that is asked for, or the last one of this very run in its output folder; `ValueError` where that
-    holds another run's."""
+    holds another run's, or the checkpoint is damaged."""
     if training_args.resume_from_checkpoint:
+        check_checkpoint(training_args.resume_from_checkpoint)
         return training_args.resume_from_checkpoint
     output_dir = training_args.output_dir
     path = os.path.join(output_dir, RUN_FILE)
@@ -163,15 +236,60 @@ def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> st
         return None
     if not os.path.isfile(path):
         raise ValueError(f"{output_dir} holds a checkpoint of something else: choose another --output_dir.")
-    with open(path, encoding="utf-8") as file:
-        before = json.load(file)
+    before = read_json(path)
     changed = sorted(key for key in run.keys() | before.keys() if run.get(key) != before.get(key))
     if changed:
         raise ValueError(
             f"{output_dir} holds the checkpoint of another run (different: {', '.join(changed)}): choose another "
             "--output_dir, or start anew with --overwrite_output_dir."
         )
+    check_checkpoint(last)
     return last
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object in a file that a training script wrote; `ValueError` where it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: take it from a copy, or train anew in another --output_dir.")
+    return values
+
+
+def _damaged(checkpoint: str) -> list[str]:
+    """Names of the damaged files of a checkpoint."""
+    if damaged := damaged_files(checkpoint):
+        return damaged
+    try:
+        TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    except (OSError, TypeError, ValueError):
+        return [TRAINER_STATE_NAME]
+    return []
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """`ValueError` where one of its files is damaged; it names the newest whole checkpoint before it."""
+    if not os.path.isdir(checkpoint):
+        raise ValueError(f"--resume_from_checkpoint is no folder of a checkpoint, got {checkpoint}.")
+    if not (damaged := _damaged(checkpoint)):
+        return
+    step = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    folder, name = os.path.split(os.path.normpath(checkpoint))
+    number = int(match[1]) if (match := step.fullmatch(name)) else 0
+    older = sorted((int(m[1]) for other in os.listdir(folder or ".") if (m := step.fullmatch(other))), reverse=True)
+    paths = (os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{k}") for k in older if k < number)
+    whole = next((path for path in paths if not _damaged(path)), None)
+    raise ValueError(
+        f"The checkpoint {checkpoint} is damaged ({', '.join(damaged)}): "
+        + (
+            f"go on from the one before it with --resume_from_checkpoint {whole}."
+            if whole
+            else "there is no whole one before it, start anew with --overwrite_output_dir true."
+        )
+    )
 
 
 def flags(values: dict) -> list[str]:
@@ -187,10 +305,9 @@ def flags(values: dict) -> list[str]:
 def is_finished(folder: str | os.PathLike, settings: dict) -> bool:
     """Whether a finished run with these settings, names and values as in a recipe, is in the folder."""
     run_file = os.path.join(folder, RUN_FILE)
-    if not os.path.isfile(run_file) or not os.path.isfile(os.path.join(folder, "train_results.json")):
+    if not os.path.isfile(run_file) or not os.path.isfile(os.path.join(folder, RESULTS_FILE)):
         return False
-    with open(run_file, encoding="utf-8") as file:
-        run = json.load(file)
+    run = read_json(run_file)
     return all(run[key] == value for key, value in settings.items() if key in run)
 
 
@@ -297,9 +414,13 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
         trainer.train(resume_from_checkpoint=checkpoint)
         if clock.ended_by:
             raise Interrupted(clock.ended_by, args.output_dir)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
-    trainer.save_metrics("train", measured(trainer), combined=False)
+    with writing(args.output_dir):
+        trainer.save_model(args.output_dir)
+        trainer.save_state()
+    results = measured(trainer)
+    if trainer.accelerator.is_main_process:
+        # The last file of a run: where it is, the run is finished.
+        write_text(os.path.join(args.output_dir, RESULTS_FILE), json.dumps(results, indent=4, sort_keys=True))
     trainer.accelerator.print(f"Saved to {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run_args.dataset_name)

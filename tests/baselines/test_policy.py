@@ -34,6 +34,14 @@ def test_prompts_are_encoded_as_trl_encodes_them(tiny_tokenizer):
     assert encode_prompts(TEXTS, tiny_tokenizer)[1] == tiny_tokenizer("b")["input_ids"]
 
 
+@pytest.mark.fault
+def test_conversations_need_a_chat_template(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match=r"has no chat template: set `chat_template` in its files"):
+        encode_prompts(CONVERSATIONS, tiny_tokenizer)
+    assert len(encode_prompts(TEXTS, tiny_tokenizer)) == 5
+
+
 def test_cut_at_stop():
     assert cut_at_stop([5, 2, 6, 2], [2]) == [5, 2]
     assert cut_at_stop([5, 7, 6], [2, 7]) == [5, 7]
@@ -155,6 +163,7 @@ def test_score_follows_trls_convention():
     assert seen["completions"] == ["ab", ""]
 
 
+@pytest.mark.fault
 def test_score_wants_a_number_for_every_response():
     def short(prompts, completions, **columns):
         return [1.0]

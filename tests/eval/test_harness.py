@@ -97,6 +97,7 @@ def test_the_record_has_every_key_of_the_contract(evaluate):
     assert list(record) == list(Record.__dataclass_fields__)
 
 
+@pytest.mark.fault
 def test_a_forgotten_key_fails_at_once(evaluate):
     record = evaluate(SFT)
     del record["tie_rate"]
@@ -187,6 +188,7 @@ def test_records_are_written_whole_and_read_back(evaluate, tmp_path):
     assert read_records(tmp_path) == json.loads(json.dumps([other, sft]))
 
 
+@pytest.mark.fault
 def test_a_record_without_a_key_is_refused(evaluate, tmp_path):
     record = evaluate(SFT)
     del record["judge"], record["kinds"]
@@ -195,6 +197,7 @@ def test_a_record_without_a_key_is_refused(evaluate, tmp_path):
         read_records(tmp_path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -212,6 +215,7 @@ def test_a_damaged_record_is_refused(tmp_path, content, message):
         read_records(tmp_path)
 
 
+@pytest.mark.fault
 def test_a_record_with_a_response_missing_is_refused(evaluate, tmp_path):
     record = evaluate(SFT)
     path = tmp_path / "records" / "sft-seed3.json"
@@ -220,17 +224,20 @@ def test_a_record_with_a_response_missing_is_refused(evaluate, tmp_path):
         read_records(tmp_path)
 
 
+@pytest.mark.fault
 def test_no_records(tmp_path):
     with pytest.raises(ValueError, match=r"no records under .*run scripts/compare.py first"):
         read_records(tmp_path)
 
 
+@pytest.mark.fault
 def test_another_baseline_is_refused(evaluate):
     sft = evaluate(SFT)
     with pytest.raises(ValueError, match="baseline_record has other prompts"):
         evaluate(OTHER, "proxy", {**sft, "prompts_sha256": "f" * 64})
 
 
+@pytest.mark.fault
 def test_a_reward_that_is_no_number_is_refused(tiny_lm, tiny_tokenizer, tmp_path):
     def broken(prompts, completions, **columns):
         return [1.0, None, 2.0, 3.0]

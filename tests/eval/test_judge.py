@@ -71,6 +71,7 @@ def test_texts_are_taken_as_they_are():
     assert fill(SHORT, *texts) == "({}) A: {} B: {} Better?".format(*texts)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "text",
     ["no field", "$prompt $response_a", "$prompt $response_a $response_b $more", "$prompt $response_a $response_b 5$"],
@@ -137,6 +138,7 @@ def test_what_is_no_answer_is_counted_and_a_tie():
     assert (verdicts.unparsed, verdicts.disagreements) == (1, 1)
 
 
+@pytest.mark.fault
 def test_unpaired_lists_are_refused():
     with pytest.raises(ValueError, match="must be paired: got 1, 1 and 2"):
         Ruled(longer).judge(["p"], ["a"], ["b", "c"])
@@ -180,12 +182,14 @@ def test_the_local_judge_equals_a_naive_loop(tiny_lm, tiny_tokenizer, monkeypatc
     )
 
 
+@pytest.mark.fault
 def test_a_local_judge_that_cannot_answer_is_refused(tiny_lm):
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "A": 1}, unk_token="<unk>"))
     with pytest.raises(ValueError, match="The judge poor cannot answer: its tokenizer has no token B"):
         LocalJudge(tiny_lm(), PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=None), "poor")
 
 
+@pytest.mark.fault
 def test_a_question_longer_than_the_judge_reads_is_refused(tiny_lm, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "model_max_length", 40)
     judge = LocalJudge(tiny_lm(), tiny_tokenizer, "tiny", SHORT)
@@ -193,6 +197,7 @@ def test_a_question_longer_than_the_judge_reads_is_refused(tiny_lm, tiny_tokeniz
         judge.judge(["p" * 10], ["x"], ["yyyyyyy"])
 
 
+@pytest.mark.fault
 def test_recorded_scores_decide_as_the_record_says():
     sft, proxy = (json.loads(next(RECORDS.glob(f"{name}*seed0.json")).read_text()) for name in ("sft", "proxy"))
     verdicts = recorded_verdicts(proxy, sft, "rewards")

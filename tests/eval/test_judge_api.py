@@ -186,6 +186,7 @@ def test_retry_after_may_be_a_date(endpoint, make_judge):
     assert 1.4 < time.monotonic() - start < 8
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("act", "reason", "requests"),
     [
@@ -256,6 +257,7 @@ def test_tokens_that_are_not_counted_are_not_known(endpoint, make_judge):
 MANY = ([f"p{i}" for i in range(10)], ["good"] * 10, ["bad"] * 10)
 
 
+@pytest.mark.fault
 def test_a_refused_run_goes_on_and_repeats_nothing(endpoint, make_judge):
     answered, lock = [], threading.Lock()
 
@@ -286,6 +288,7 @@ def test_a_refused_run_goes_on_and_repeats_nothing(endpoint, make_judge):
     assert len(second.requests) == 13
 
 
+@pytest.mark.fault
 def test_what_is_on_its_way_is_waited_for(endpoint, make_judge):
     """One request fails for good while three others are running: their answers are paid for, and kept."""
     others = threading.Barrier(4)
@@ -334,6 +337,7 @@ def test_requests_keep_to_the_rate_and_the_concurrency(endpoint, make_judge):
     assert 0.9 * 5 * 0.25 < times[-1] - times[0] < 8  # six requests, a quarter of a second apart
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("status", [200, 401, 500])
 def test_the_key_is_nowhere(endpoint, make_judge, tmp_path, caplog, capfd, status):
     """An endpoint that sends the key back, as a reply and in its errors."""
@@ -355,6 +359,7 @@ def test_the_key_is_nowhere(endpoint, make_judge, tmp_path, caplog, capfd, statu
     assert KEY.encode() not in stored
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("url", "key", "request_", "message"),
     [
@@ -379,6 +384,7 @@ def test_a_server_without_keys_needs_none(endpoint, make_judge, monkeypatch):
     assert make_judge(server.url).judge(*PAIR).scores == [1.0]
 
 
+@pytest.mark.fault
 def test_a_file_that_is_no_cache_is_refused(tmp_path):
     (tmp_path / "replies.sqlite").write_text("something else " * 100)
     with pytest.raises(ValueError, match=r"The cache .*replies\.sqlite cannot be used \(file is not a database\)"):

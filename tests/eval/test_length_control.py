@@ -86,6 +86,7 @@ def test_what_cannot_be_told_is_none():
     assert high - low > 0.7  # three pairs
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

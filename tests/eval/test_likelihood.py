@@ -59,3 +59,11 @@ def test_kl_to_itself_is_zero_and_to_another_is_not(tiny_lm):
     assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=lm)[1] == 0.0
     assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=tiny_lm())[1] == pytest.approx(0.0, abs=1e-6)
     assert likelihood(lm, PROMPTS, RESPONSES, policy_lm=tiny_lm(seed=1))[1] > 0.1
+
+
+@pytest.mark.fault
+def test_logits_that_are_no_numbers_are_no_likelihood(tiny_lm):
+    lm = tiny_lm()
+    lm.get_output_embeddings().weight.data[7] = float("nan")
+    with pytest.raises(ValueError, match="The LM's logits are NaN for 3 of 3 responses: load it in float32"):
+        likelihood(lm, PROMPTS, RESPONSES)

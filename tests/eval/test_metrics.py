@@ -178,6 +178,7 @@ def test_perplexity_is_that_of_one_token_at_a_time(load, saved_lm, tiny_lm, tiny
 PAIRED = "Mismatch in the number of predictions (2) and references (1)"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -221,6 +222,7 @@ def test_bad_arguments_give_one_sentence(load, name, arguments, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault
 def test_perplexity_needs_something_to_predict(load, saved_lm):
     metric = load("perplexity_under_lm")
     with pytest.raises(ValueError, match="no text with a token to predict"):

@@ -41,6 +41,7 @@ def test_gains_draws_deltas_intervals_and_seeds(records, figures):
     assert len({bar.get_hatch() for bar in bars}) == 3  # told apart without colour
 
 
+@pytest.mark.fault
 def test_gains_need_sft(records):
     with pytest.raises(ValueError, match="gains need an SFT record"):
         plots.plot_gains(records[1:], "gains")
@@ -110,6 +111,7 @@ def test_win_rates_show_ties_and_intervals(records, figures):
     ]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("plot", [plots.plot_win_rates, plots.plot_cost_against_gain])
 def test_what_is_measured_against_sft_needs_it(records, plot):
     with pytest.raises(ValueError, match="need an SFT record and another method's"):
@@ -156,6 +158,7 @@ def test_reward_against_threshold(make_record, records, figures):
     assert [line.get_ydata()[0] for line in axis.lines if line.get_label() == "sft"] == [1.5]
 
 
+@pytest.mark.fault
 def test_one_threshold_is_no_line(records):
     with pytest.raises(ValueError, match="one threshold only"):
         plots.plot_reward_against_threshold(records, "threshold")

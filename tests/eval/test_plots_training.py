@@ -26,6 +26,7 @@ def test_training_curve(trainer_state, figures):
     assert evaluations == [[12.0, 9.0]]
 
 
+@pytest.mark.fault
 def test_training_curve_without_rewards(tmp_path, figures):
     path = tmp_path / "trainer_state.json"
     path.write_text(json.dumps({"log_history": [{"step": 1, "loss": 0.5}]}))
@@ -58,6 +59,7 @@ def test_over_optimisation(tmp_path, figures):
     assert (above.get_ylabel(), below.get_ylabel()) == ("training reward", "gold reward: gold")
 
 
+@pytest.mark.fault
 def test_over_optimisation_needs_the_gold_reward(trainer_state, figures):
     with pytest.raises(ValueError, match=r"logs no 'rewards/gold/mean'"):
         plots_training.plot_over_optimisation({"a": (trainer_state, 1.0)}, "gold", "over")
@@ -126,6 +128,7 @@ def _write(path, content):
     path.write_text(content)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -143,11 +146,13 @@ def test_a_damaged_sweep_is_refused(sweep, damage, message):
         plots_training.read_sweep(sweep, "p_t")
 
 
+@pytest.mark.fault
 def test_a_folder_without_runs_is_no_sweep(tmp_path):
     with pytest.raises(ValueError, match="no trained proxy in a folder of"):
         plots_training.read_sweep(tmp_path, "p_t")
 
 
+@pytest.mark.fault
 def test_a_sweep_over_other_prompts_is_refused(sweep):
     path = sweep / "b" / "records" / "proxy.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prompts_sha256": "f" * 64}))

@@ -40,6 +40,7 @@ def test_groups_put_sft_first_and_n_in_its_order(records):
     assert [record["seed"] for record in groups["proxy (prefix)"]] == [0, 1]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("key", "value"), [("prompts_sha256", "1" * 64), ("model", "x"), ("max_new_tokens", 9)])
 def test_records_that_cannot_be_compared_are_refused(records, make_record, key, value):
     other = make_record("proxy", [0.0] * 4, **{key: value})

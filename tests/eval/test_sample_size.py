@@ -47,6 +47,7 @@ def test_more_confidence_asks_for_more_prompts():
     assert prompts_for_mean([1, 1], [0, 0], 0.1) == 2  # a pilot without a spread
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("call", "message"),
     [

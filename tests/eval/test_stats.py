@@ -61,6 +61,7 @@ def test_paired_delta_ci_resamples_pairs():
     assert np.ptp(paired_delta_ci(values, baseline)) < np.ptp(mean_ci(values)) / 3
 
 
+@pytest.mark.fault
 def test_paired_delta_needs_equal_lengths():
     with pytest.raises(ValueError, match=r"paired by prompt: got shapes \(2,\), \(3,\)"):
         paired_delta([1, 2], [1, 2, 3])
@@ -95,6 +96,7 @@ def test_seeds_mean_ci_at_its_edges():
     assert seeds_mean_ci([[0.0, 1.0], [1.0, 0.0]]) is None  # no mean differs, and yet nothing is certain
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("call", [mean_ci, paired_delta_ci, seeds_mean_ci, win_rate, sign_test])
 def test_a_number_that_is_none_is_no_score(call):
     scores = [1.0, 2.0, np.nan]
@@ -174,6 +176,7 @@ def test_sampled_kl_equals_the_sum_over_the_vocabulary():
     assert kl.per_response_ci95[0] < kl.per_response < kl.per_response_ci95[1]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("policy", "lm", "message"),
     [

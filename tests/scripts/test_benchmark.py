@@ -107,6 +107,7 @@ def test_the_serial_loop_writes_what_the_gate_accepts(script, tiny_lm):
     assert forwards > 12, "every proposal but the last is rejected"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

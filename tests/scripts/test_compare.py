@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trl import ModelConfig
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.card import proxy_card
+from trl_proxy.config import WriteError
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -198,7 +200,7 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
     for method, settings in (("proxy", {"num_iterations": 1, "gate_hidden_sizes": [8]}), ("dpo", {"lora_r": 2})):
         (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(shared | settings))
         recipes.append(f"{method}={tmp_path / method}.yaml")
-    launch = f"env PYTHONPATH={folder} {sys.executable}"
+    launch = f"env PYTHONPATH={ROOT}:{folder} {sys.executable}"
     call = {"proxies": [], "recipes": recipes, "seeds": [4], "launch": launch, "methods": ["proxy"]}
     records = run(**call)
     assert set(records) == {"sft-seed0", "dpo-lora_r=2-seed4", "proxy-prefix_gate_hidden_sizes=_8_-seed4"}
@@ -212,11 +214,13 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
         run(recipes=["ppo=nothing.yaml"])
 
 
+@pytest.mark.fault
 def test_folders_that_are_no_baselines_are_named(run, folder, no_model):
     with pytest.raises(ValueError, match=r"prompts.jsonl has no run.json"):
         run(baselines=[folder / "prompts.jsonl"])
 
 
+@pytest.mark.fault
 def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_path):
     settings = {"methods": ["best_of_n"]}
     monkeypatch.setattr(compare, "draw", lambda *args: None)
@@ -241,6 +245,7 @@ def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_
     assert again["best_of_n-n=2-seed0"] == second["best_of_n-n=2-seed0"]
 
 
+@pytest.mark.fault
 def test_a_retrained_proxy_is_not_taken_for_the_old_one(run, compare, monkeypatch, folder, tmp_path, tiny_lm):
     monkeypatch.setattr(compare, "draw", lambda *args: None)
     model = ProxyModelForCausalLM(tiny_lm(), ProxyConfig())
@@ -266,6 +271,7 @@ def test_num_prompts_is_a_fixed_choice(run, compare, monkeypatch, tmp_path):
     assert len(set(prompts[0])) == 3
 
 
+@pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -283,6 +289,7 @@ def test_mistakes_are_named_before_a_model_is_loaded(run, overrides, message):
         run(**overrides)
 
 
+@pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
 def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm):
     ProxyModelForCausalLM(tiny_lm(), ProxyConfig(p_t=0.02)).save_pretrained(tmp_path / "p")
@@ -292,6 +299,7 @@ def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm)
         run(proxies=[folder / "prefix", f"{tmp_path / 'p'}:5"])
 
 
+@pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
 def test_empty_data(run, folder, monkeypatch):
     monkeypatch.setattr("trl_proxy.defaults.Dataset.from_json", lambda path: Dataset.from_dict({"prompt": []}))
@@ -299,6 +307,7 @@ def test_empty_data(run, folder, monkeypatch):
         run()
 
 
+@pytest.mark.fault
 def test_unknown_yaml_keys(compare, tmp_path):
     (tmp_path / "recipe.yaml").write_text("methods: [sft]\nbest_off: [2]\n")
     with pytest.raises(ValueError, match=r"Unknown arguments from config file.*best_off"):
@@ -314,6 +323,31 @@ def test_recipes(compare, path):
     for name in args.proxies:  # what a recipe of the training writes
         trained = [yaml.safe_load(p.read_text())["output_dir"] for p in path.parent.glob("*.yaml") if p != path]
         assert name in trained
+
+
+@pytest.mark.fault
+def test_a_full_disk_loses_nothing(run, folder, tmp_path):
+    """A record, a plot and the report; the same command writes what is missing."""
+    arguments = {"methods": ["sft"], "proxies": []}
+    for place in ("records/sft-seed0.json.tmp", "plots/reward_distributions.png", "samples.md.tmp", "report.md.tmp"):
+        full = tmp_path / place
+        full.parent.mkdir(exist_ok=True)
+        full.symlink_to("/dev/full")
+        with pytest.raises(WriteError, match=r"could not be written \(No space left on device\): make room"):
+            run(**arguments)
+        full.unlink()
+        assert not (tmp_path / "report.md").exists()
+    assert list(run(**arguments)) == ["sft-seed0"]
+    assert (tmp_path / "report.md").is_file()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["run.json", "train_results.json"])
+def test_damaged_files_of_a_training_are_named(run, folder, no_model, tmp_path, name):
+    shutil.copytree(folder / "prefix", tmp_path / "proxy")
+    (tmp_path / "proxy" / name).write_text('{"seed": 5')
+    with pytest.raises(ValueError, match=rf"proxy/{name} is damaged: take it from a copy, or train anew"):
+        run(proxies=[tmp_path / "proxy"])
 
 
 def test_variants_name_what_is_not_default(compare):
@@ -335,6 +369,7 @@ def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
     assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
 
 
+@pytest.mark.fault
 def test_half_a_record_is_named_before_a_model_is_loaded(run, no_model, tmp_path):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "sft-seed0.json").write_text('{"method": "sft", "rew')

@@ -54,6 +54,7 @@ def test_it_prints_an_answer_with_and_without_a_proxy(script, saved, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.fault
 def test_mistakes_are_one_sentence(script, saved, tmp_path):
     flags = saved("prefix")
     with pytest.raises(ValueError, match="name one with --proxy"):

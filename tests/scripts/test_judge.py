@@ -90,6 +90,7 @@ def test_rewards_that_are_recorded(run, records, tmp_path, capsys):
     assert any(row[:3] == ["reward", "embedded", "proxy"] and f"{mean:.2f}" in row for row in rows)
 
 
+@pytest.mark.fault
 def test_a_local_judge_goes_on_where_it_was(run, records, tmp_path, tiny_lm, tiny_tokenizer, capsys):
     tiny_lm().save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
@@ -164,6 +165,7 @@ def endpoint(monkeypatch, tmp_path):
     server.server_close()
 
 
+@pytest.mark.fault
 def test_an_endpoint_is_paid_once(run, judge, records, endpoint, tmp_path, capfd):
     settings = {"judge_model": "gpt/4", "judge_base_url": endpoint.url, "concurrency": 2, "retries": 0}
     prices = {"price_prompt": 2.0, "price_completion": 8.0}
@@ -196,6 +198,7 @@ def responses(records: dict, name: str) -> list[tuple[str, str]]:
     return list(zip(records[name]["responses"], records["sft"]["responses"]))
 
 
+@pytest.mark.fault
 def test_what_is_no_answer_is_reported(run, records, endpoint, capfd):
     records["best"]["responses"][1] = UNSURE
     records["best"]["responses"][2] = records["sft"]["responses"][2]  # nobody is asked
@@ -208,6 +211,7 @@ def test_what_is_no_answer_is_reported(run, records, endpoint, capfd):
     assert len(endpoint.questions) == 2 * (3 * N - 1) + 2  # two of them twice
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -240,6 +244,7 @@ def test_records_that_cannot_be_judged_are_refused(run, records, tmp_path, damag
     assert not written(tmp_path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -256,6 +261,7 @@ def test_a_damaged_judgement_is_refused(run, records, tmp_path, damage, message)
         run("reward")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

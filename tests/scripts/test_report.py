@@ -103,6 +103,7 @@ def test_what_judges_say_is_on_the_page(report, run, compared, load_script, monk
     assert f"<td>{judgement['win_rate']:.2f} [{low:.2f}, {high:.2f}]</td>" in section
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -117,11 +118,13 @@ def test_bad_arguments_are_refused_before_drawing(run, compared, no_figure, argu
         run(compared, *arguments)
 
 
+@pytest.mark.fault
 def test_an_empty_folder_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"no records under .*run scripts/compare.py first"):
         run(tmp_path)
 
 
+@pytest.mark.fault
 def test_half_a_record_is_refused(run, compared):
     path = compared / "records" / "sft-seed0.json"
     path.write_text(path.read_text()[:5000])
@@ -129,6 +132,7 @@ def test_half_a_record_is_refused(run, compared):
         run(compared)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("key", ["prompts_sha256", "model"])
 def test_mixed_records_are_refused(run, compared, key):
     path = compared / "records" / "sft-seed0.json"

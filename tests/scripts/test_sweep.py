@@ -69,6 +69,7 @@ def arguments(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
     }
 
 
+@pytest.mark.fault
 def test_a_sweep_goes_on_after_a_kill(sweep, arguments, tmp_path, capsys):
     """And a cell that fails keeps no other from finishing."""
     arguments["grid"] = {"max_candidates": [4, 0]}
@@ -146,6 +147,7 @@ def test_cells_and_commands(sweep, arguments):
     assert "proxy" not in compare
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

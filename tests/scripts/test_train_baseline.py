@@ -131,6 +131,7 @@ def test_it_trains_and_leaves_a_policy(train, method, tmp_path):
     assert len(policy.complete(["ab", "c"]).texts) == 2
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_command_goes_on_and_equals_one_run(train, method, tmp_path):
     train(method)
@@ -183,6 +184,7 @@ def test_pairs_of_a_dataset(train, tmp_path):
         train("dpo", pairs="dataset", dataset_name=path, output_dir=tmp_path / "other")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("method", "flags", "message"),
     [
@@ -199,6 +201,7 @@ def test_bad_input_is_named(train, method, flags, message):
         train(method, **flags)
 
 
+@pytest.mark.fault
 def test_another_lms_adapter_is_refused(train, tmp_path, tiny_lm, tiny_tokenizer):
     train("rlhf")
     tiny_lm("llama").save_pretrained(tmp_path / "other")

@@ -11,6 +11,7 @@ from trl_proxy.config import proxy_file
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -52,6 +53,7 @@ def test_round_trip(tmp_path):
         hidden_size=64,
         embedding_size=48,
         base_model_name_or_path="somewhere/some-lm",
+        base_model_sha256="0" * 64,
     )
     defaults = ProxyConfig()
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(defaults, f.name)}
@@ -63,6 +65,7 @@ def test_round_trip(tmp_path):
     assert ProxyConfig.from_pretrained(tmp_path / "pooled").pooled_features
 
 
+@pytest.mark.fault
 def test_unknown_keys_are_named(tmp_path):
     ProxyConfig().save_pretrained(tmp_path)
     path = tmp_path / "proxy_config.json"
@@ -71,6 +74,7 @@ def test_unknown_keys_are_named(tmp_path):
         ProxyConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault
 def test_bad_values_on_disk_are_named(tmp_path):
     ProxyConfig().save_pretrained(tmp_path)
     path = tmp_path / "proxy_config.json"
@@ -79,6 +83,7 @@ def test_bad_values_on_disk_are_named(tmp_path):
         ProxyConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("content", ["", '{"p_t": 0.', "[1, 2]", "\x00\x01"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "proxy_config.json").write_text(content)
@@ -86,6 +91,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
         ProxyConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.fault
 def test_no_proxy_there(tmp_path):
     with pytest.raises(ValueError, match=r"holds no proxy: proxy_config\.json is missing"):
         ProxyConfig.from_pretrained(tmp_path)
@@ -107,12 +113,16 @@ def test_ppo_defaults(arguments):
     assert PPOConfig(num_generations=2, **arguments).num_generations == 2
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("cls", "field", "value"),
     [
         (PPOConfig, "gamma", 1.5),
         (PPOConfig, "gamma", NAN),
         (PPOConfig, "gae_lambda", -0.1),
+        (PPOConfig, "reward_timeout", 0.0),
+        (PPOConfig, "reward_timeout", -1.0),
+        (PPOConfig, "reward_timeout", NAN),
         (PPOConfig, "use_vllm", True),
         (PPOConfig, "use_transformers_continuous_batching", True),
         (ProxyPPOConfig, "gradient_checkpointing", True),
@@ -124,12 +134,14 @@ def test_ppo_refuses_by_name(arguments, cls, field, value):
         cls(**arguments, **{field: value})
 
 
+@pytest.mark.fault
 def test_ppo_refuses_beams(arguments):
     with pytest.raises(ValueError, match="`num_beams` above 1"):
         PPOConfig(**arguments, generation_kwargs={"num_beams": 4})
     assert PPOConfig(**arguments, generation_kwargs={"num_beams": 1}).generation_kwargs == {"num_beams": 1}
 
 
+@pytest.mark.fault
 def test_ppo_keeps_the_checks_of_its_parent(arguments):
     """One generation is allowed, but a batch that does not divide is still refused."""
     with pytest.raises(ValueError, match="divisible"):

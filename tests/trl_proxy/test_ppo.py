@@ -161,8 +161,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, lora):
         assert torch.equal(value, other), name
 
 
+@pytest.mark.fault
 def test_a_folder_without_a_value_head_is_named(train, tmp_path):
     train(max_steps=8, save_steps=8)
     os.remove(tmp_path / "run/checkpoint-8/value_head.safetensors")
     with pytest.raises(ValueError, match=r"no checkpoint of PPOTrainer: value_head.safetensors is missing"):
         train(max_steps=16, name="again", resume=str(tmp_path / "run/checkpoint-8"))
+
+
+@pytest.mark.fault
+def test_logits_that_are_no_numbers_stop_the_run(train):
+    """Sampling raises then, in torch, of tensors that nobody has seen."""
+    trainer = train(call=False)
+    trainer.model.get_output_embeddings().weight.data[7] = float("nan")
+    with pytest.raises(ValueError, match="LM's logits are NaN or infinite in the batch whose first prompt is '"):
+        trainer.train()

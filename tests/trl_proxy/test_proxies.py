@@ -53,6 +53,7 @@ def test_proxies_add_up(two_proxies, ragged_batch, features):
         assert model.generate(**prompts, max_new_tokens=10).tolist() == alone[name]
 
 
+@pytest.mark.fault
 def test_what_does_not_add_up_is_named(two_proxies, tmp_path):
     model = two_proxies(p_t=0.2)
     with pytest.raises(ValueError, match=r"one and two cannot be added: `p_t` is 0\.01 in the one and 0\.2 in"):
@@ -72,6 +73,7 @@ def test_what_does_not_add_up_is_named(two_proxies, tmp_path):
         ProxyPPOTrainer(model, lambda **_: [], train_dataset=Dataset.from_dict({"prompt": ["a"]}))
 
 
+@pytest.mark.fault
 def test_a_deleted_proxy_is_gone(two_proxies, ragged_batch):
     model, prompts = two_proxies(), ragged_batch(LENGTHS)
     model.add_weighted_proxy(["one", "two"], [1.0, 1.0], "both")
@@ -119,6 +121,7 @@ def test_a_threshold_counts_from_each_rows_own(two_proxies, ragged_batch):
     assert mixed.tolist() != model.generate(**prompts, max_new_tokens=10).tolist()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -137,6 +140,7 @@ def test_proxies_that_do_not_go_together_are_named(two_proxies, ragged_batch, na
 # Which LM a proxy belongs to
 
 
+@pytest.mark.fault
 def test_a_proxy_knows_its_lm(tiny_lm, four_bit_lm, tmp_path):
     """Its weights in another dtype, in 4 bit or under an adapter are the same LM; another training of it is not."""
     lm = tiny_lm("llama")

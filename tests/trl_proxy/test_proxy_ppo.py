@@ -1,18 +1,25 @@
 """ProxyPPOTrainer on tiny models: it learns, resumes exactly, leaves the LM alone and stops at bad rewards."""
 
+import asyncio
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.actor_critic import RewardError
+from trl_proxy.config import damaged_files
 
 PROMPTS = [f"{a}{b} " for a in "abcdefgh" for b in "ijklmnop"]
 
@@ -202,6 +209,7 @@ def failing(prompts, completions, **kwargs):
     return rewards
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "text"])
 def test_a_bad_reward_stops_the_run_with_its_prompt_and_a_checkpoint(train, tmp_path, value):
     failing.after, failing.value, failing.prompt = 1, value, None
@@ -218,6 +226,7 @@ def test_a_bad_reward_stops_the_run_with_its_prompt_and_a_checkpoint(train, tmp_
         assert torch.equal(weights, resumed.model.proxy.state_dict()[name]), name
 
 
+@pytest.mark.fault
 def test_a_reward_that_raises_names_the_prompt(train, tmp_path):
     def picky(prompts, completions, **kwargs):
         if "ck " in prompts:
@@ -229,10 +238,130 @@ def test_a_reward_that_raises_names_the_prompt(train, tmp_path):
     assert [name for name in os.listdir(tmp_path / "run") if name.startswith("checkpoint")]
 
 
+@pytest.mark.fault
 def test_a_reward_of_the_wrong_count_stops_the_run(train):
     failing.after, failing.value, failing.prompt = 0, "short", None
     with pytest.raises(RewardError, match="31 rewards, but 32 were expected"):
         train(reward=failing)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "returned a NoneType (None) where a list of 32 numbers is needed"),
+        ({"a": 1.0}, "returned a dict ({'a': 1.0}) where a list of 32 numbers is needed"),
+        ("a" * 32, "returned a str ('aaaa"),
+        ([[1.0]] * 32, "returned [1.0] where a finite number is needed, for the prompt '"),
+        ([1.0] * 33, "returned 33 rewards, but 32 were expected"),
+        ([], "returned 0 rewards, but 32 were expected"),
+        ([1e300] * 32, "The rewards [inf] are not finite on the prompt '"),
+        (SystemExit("bye"), "raised SystemExit (bye) on the prompt '"),
+        (MemoryError("two\nlines"), "raised MemoryError (two lines) on the prompt '"),
+    ],
+)
+def test_nonsense_stops_the_run_with_a_checkpoint(train, tmp_path, returned, message):
+    calls = []
+
+    def nonsense(prompts, completions, **kwargs):
+        calls.append(None)
+        if len(calls) == 1:
+            return upper_case(prompts, completions)
+        if isinstance(returned, BaseException):
+            raise returned
+        return returned
+
+    with pytest.raises(RewardError) as error:
+        train(reward=nonsense, max_steps=24)
+    assert message in str(error.value)
+    assert str(error.value).endswith(": mend it, and the same command goes on from checkpoint-8, saved just now.")
+    assert len(str(error.value).splitlines()) == 1
+    assert not damaged_files(tmp_path / "run" / "checkpoint-8")
+
+
+def test_rewards_may_be_a_generator_or_a_tensor(train):
+    assert logged(train(reward=lambda prompts, **kwargs: (1.0 for _ in prompts)), "reward") == [1.0]
+    assert logged(train(reward=lambda prompts, **kwargs: torch.ones(len(prompts)), name="tensor"), "reward") == [1.0]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["stubborn", "slow", "async"])
+def test_a_reward_that_hangs_is_stopped(train, tmp_path, kind):
+    """Also one that catches every exception; the prompt on which it hangs is named, where it is one alone."""
+    handler = signal.getsignal(signal.SIGALRM)
+
+    def stubborn(prompts, completions, **kwargs):
+        while "ck " in prompts:
+            with contextlib.suppress(Exception):
+                time.sleep(10)
+        return upper_case(prompts, completions)
+
+    def slow(prompts, completions, **kwargs):
+        time.sleep(0.01 * len(prompts))
+        return upper_case(prompts, completions)
+
+    async def forever(prompts, completions, **kwargs):
+        await asyncio.sleep(60)
+
+    reward = {"stubborn": stubborn, "slow": slow, "async": forever}[kind]
+    where = {"stubborn": "on the prompt 'ck ': mend it", "slow": "", "async": "on a batch whose first prompt is '"}
+    begun = time.monotonic()
+    with pytest.raises(RewardError) as error:
+        train(reward=reward, max_steps=100, reward_timeout=0.2)
+    assert time.monotonic() - begun < 30
+    assert f"The reward function {reward.__name__} took longer than reward_timeout=0.2 seconds " in str(error.value)
+    assert where[kind] in str(error.value)
+    assert str(error.value).endswith("saved just now.")
+    last = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert f"goes on from checkpoint-{last}, " in str(error.value)
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.fault
+def test_a_time_limit_needs_the_main_thread(train):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="`reward_timeout` needs the main thread"):
+        pool.submit(train, call=False, reward_timeout=1.0).result()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("features", ["prefix", "candidate"])
+def test_logits_that_are_no_numbers_stop_the_run(train, tmp_path, features, value):
+    """Before a reward sees what was drawn from them, and before anything is learnt of it."""
+    seen = []
+
+    def reward(prompts, completions, **kwargs):
+        seen.append(prompts)
+        return upper_case(prompts, completions)
+
+    trainer = train(features, reward=reward, max_steps=24, call=False)
+    weight = trainer.model.lm.get_output_embeddings().weight
+
+    class Damage(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                self.before = [x.clone() for x in trainer.model.proxy.parameters()]
+                weight.data[7] = value
+            elif state.global_step == 8:
+                self.before = [x.clone() for x in trainer.model.proxy.parameters()]
+
+    damage = Damage()
+    trainer.add_callback(damage)
+    with pytest.raises(ValueError, match="logits are NaN or infinite in the batch whose first prompt is '") as error:
+        trainer.train()
+    assert len(str(error.value).splitlines()) == 1
+    assert len(seen) == 1
+    assert all(torch.equal(x, y) for x, y in zip(damage.before, trainer.model.proxy.parameters()))
+
+
+@pytest.mark.fault
+def test_a_tokenizer_without_a_chat_template(train, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
+    conversations = Dataset.from_dict({"prompt": [[{"role": "user", "content": p}] for p in PROMPTS]})
+    with pytest.raises(ValueError, match=r"conversations and the tokenizer of .* has no chat template: set"):
+        train(dataset=conversations, call=False)
+    train(call=False)  # plain text needs none
 
 
 def test_none_is_allowed_where_another_reward_applies(train):
@@ -245,6 +374,7 @@ def test_none_is_allowed_where_another_reward_applies(train):
         train(reward=[sometimes, sometimes], name="none")
 
 
+@pytest.mark.fault
 def test_an_async_reward(train):
     async def slow(prompts, completions, **kwargs):
         return [1.0] * len(prompts)
@@ -257,6 +387,7 @@ def test_an_async_reward(train):
         train(reward=broken, name="broken")
 
 
+@pytest.mark.fault
 def test_episodes_without_a_decision_break_nothing(train, tiny_lm, tiny_tokenizer, tmp_path):
     model = ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(max_candidates=1))
     args = ProxyPPOConfig(
@@ -298,6 +429,7 @@ def test_evaluation_takes_greedy_decisions(train):
     assert trainer.state.log_history[-1]["eval_accept_rate"] == 1.0
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -316,6 +448,7 @@ def test_bad_settings_are_one_sentence(train, config, message):
         train(call=False, **config)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
@@ -329,6 +462,7 @@ def test_bad_datasets_are_one_sentence(train, dataset, message):
         train(call=False, dataset=dataset)
 
 
+@pytest.mark.fault
 def test_a_tokenizer_without_end_of_sequence(tiny_lm, tiny_tokenizer, tmp_path):
     tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer, padding_side="left")
     with pytest.raises(ValueError, match="no end-of-sequence token"):
@@ -341,6 +475,7 @@ def test_a_tokenizer_without_end_of_sequence(tiny_lm, tiny_tokenizer, tmp_path):
         )
 
 
+@pytest.mark.fault
 def test_a_plain_lm_is_refused(tiny_lm):
     with pytest.raises(TypeError, match="wrap the LM"):
         ProxyPPOTrainer(model=tiny_lm("llama"), reward_funcs=upper_case)

@@ -3,7 +3,9 @@
 import importlib.metadata
 import json
 import sys
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -180,6 +182,7 @@ def test_names_columns_and_empty_completions(balanced, harmless):
     assert balanced([], []) == []
 
 
+@pytest.mark.fault
 @needs_encoder
 def test_errors_of_preference_reward(tmp_path, harmless):
     with pytest.raises(ValueError, match=r"reward folder .* does not exist"):
@@ -197,6 +200,7 @@ def test_errors_of_preference_reward(tmp_path, harmless):
         harmless([3], ["c"])
 
 
+@pytest.mark.fault
 def test_missing_encoder_package_names_the_command(monkeypatch):
     def not_found(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -233,6 +237,7 @@ def test_sentiment_reward():
     assert scores[2] == 0
 
 
+@pytest.mark.fault
 def test_sentiment_reward_names_the_command(monkeypatch):
     rewards._sentiment_analyzer.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
@@ -245,6 +250,7 @@ def test_check_rewards_passes_numbers_on():
     assert check_rewards(torch.tensor([1.0, 2.0]), 2, ["a", "b"], "f") == [1.0, 2.0]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf"), "3", [1.0], 1j])
 def test_check_rewards_names_function_and_shortened_prompt(bad):
     prompts = ["good", [{"role": "user", "content": "x" * 500}]]
@@ -257,6 +263,35 @@ def test_check_rewards_names_function_and_shortened_prompt(bad):
     assert "x" * 201 not in message
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "rewards", [None, 3, 1.5, "12", b"12", {0: 1.0, 1: 2.0}, {1.0, 2.0}, object(), True, len, torch.tensor(1.0)]
+)
+def test_check_rewards_wants_a_list(rewards):
+    with pytest.raises(ValueError, match="where a list of 2 numbers is needed") as error:
+        check_rewards(rewards, 2, ["a", "b"], "my_reward")
+    message = str(error.value)
+    assert message.startswith("The reward function 'my_reward' returned a ")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "bad", [10**400, [[1.0]], np.array([1.0, 2.0]), torch.ones(2, 2), "x" * 1000, Decimal(1), {}, (), b"1", "nan"]
+)
+def test_check_rewards_names_what_is_no_number(bad):
+    with pytest.raises(ValueError, match="where a finite number is needed") as error:
+        check_rewards([0.0, bad], 2, ["a", "b"], "my_reward")
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 350
+
+
+def test_check_rewards_takes_what_holds_numbers():
+    for given in ((1.0, 2.0), np.array([1, 2]), [torch.tensor(1.0), np.float32(2)], (x for x in (1.0, 2.0))):
+        assert check_rewards(given, 2, ["a", "b"], "f") == [1.0, 2.0]
+
+
+@pytest.mark.fault
 def test_check_rewards_wrong_length():
     with pytest.raises(ValueError, match="'my_reward' returned 1 rewards, but 2 were expected"):
         check_rewards([0.0], 2, ["a", "b"], "my_reward")
