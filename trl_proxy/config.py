@@ -225,7 +225,7 @@ class ProxyPPOConfig(PPOConfig):
             raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
         if self.replay_rollouts < 1:
             raise ValueError(f"`replay_rollouts` must be at least 1, got {self.replay_rollouts}.")
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every update runs the gate and the critic; the LM is in neither.
             self.ddp_find_unused_parameters = False
         if self.sync_ref_model:

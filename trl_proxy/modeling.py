@@ -59,7 +59,7 @@ class Proxy(nn.Module):
         super().__init__()
         self.config = config
         prefix = config.features == "prefix"
-        sizes = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
+        sizes: list[Any] = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
         if config.pooled_features:
             sizes.insert(1, config.hidden_size)
         scalars = NUM_SCALARS if prefix else 0
@@ -180,7 +180,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
     @property
     def gate(self) -> ProxyMLP:
         """The active gate: features `(..., feature_size)` -> accept logits `(...)`."""
-        return self.proxy.gate
+        return self.proxy.gate  # type: ignore[return-value]  # of a sum of proxies, which is not trained, a method
 
     @property
     def critic(self) -> ProxyMLP:
@@ -295,7 +295,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         if self.proxy_config.features == "candidate":
             return hidden
         embeddings = self.get_input_embeddings()(token_ids)
-        return torch.cat([hidden.float(), embeddings.to(hidden.device).float(), scalars.float()], dim=-1)
+        parts: list[Any] = [hidden, embeddings.to(hidden.device), scalars]
+        return torch.cat([part.float() for part in parts], dim=-1)
 
     def rollout_features(self, rollout: Rollout) -> torch.Tensor:
         """Features `(N, feature_size)` of a rollout's N decisions (where its mask is True, row by row)."""
@@ -360,7 +361,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         pooled_features = self.proxy_config.pooled_features
-        with HiddenTap(self.lm) as tap, record_body(self.lm) if pooled_features else nullcontext() as body:
+        pooling: Any = record_body(self.lm) if pooled_features else nullcontext()
+        with HiddenTap(self.lm) as tap, pooling as body:
             output = self.lm(**inputs)
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if position_ids is None:

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import textwrap
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +115,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             model=model, reward_funcs=reward_funcs, args=args, processing_class=processing_class, **kwargs
         )
         args.beta = beta
-        self._rollout: Rollout | None = None
+        self._rollout: Any = None  # the Rollout that was generated last, until `_collect` takes it
         self._replay: list[dict[str, torch.Tensor]] = []
 
     # Rollout
@@ -328,7 +330,7 @@ def _concatenate(rollouts: list[Rollout]) -> Rollout:
     return Rollout(*(_cat(x) for x in zip(*rollouts)))
 
 
-def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows of several batches, `(B, ...)` each, with zeros where a row has fewer entries than the longest."""
     if tensors[0].dim() > 1:
         width = max(x.shape[1] for x in tensors)

@@ -108,10 +108,11 @@ def _hold(output_dir: str) -> None:
 
 def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:
     """Prompts to train on, and to evaluate on where the training arguments ask for it."""
-    train = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
+    name = run_args.dataset_name or EMBEDDED
+    train = load_prompts(name, run_args.dataset_train_split)
     if training_args.eval_strategy == "no":
         return train, None
-    return train, load_prompts(run_args.dataset_name, run_args.dataset_test_split)
+    return train, load_prompts(name, run_args.dataset_test_split)
 
 
 def reward_names(run_args: RunArguments) -> list[str]:
@@ -229,6 +230,7 @@ class RunClock(TrainerCallback):
     def __init__(self, limit: float | None, before: float = 0.0, cycle: int = 1):
         self.limit, self.before, self.cycle = limit, before, max(cycle, 1)
         self.signum = self.ended_by = 0
+        self.noted = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.spent = max(_logged_seconds(state), self.before)
@@ -284,7 +286,7 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
     trainer.add_callback(clock)
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
     over = state and _logged_seconds(state) >= (run_args.max_train_seconds or float("inf"))
-    if state and (over or state.global_step >= state.max_steps):
+    if checkpoint and state and (over or state.global_step >= state.max_steps):
         # transformers would train one step more.
         trainer.accelerator.print(f"{checkpoint} is the end of this run: nothing left to train.")
         if args.load_best_model_at_end and state.best_global_step:
