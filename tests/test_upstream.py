@@ -1,7 +1,7 @@
 """Canaries: what TRL and transformers do not promise and we override, call or read.
 
-They move between minor versions, and then other tests fail in ways that are hard to read: after raising a pin, run this
-file first."""
+They move between minor versions, and then other tests fail in ways that are hard to read: after raising a pin, run
+this file first."""
 
 import inspect
 
