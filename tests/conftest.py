@@ -194,6 +194,12 @@ def brute_force():
 
 
 @pytest.fixture(scope="session")
+def load_two_ranks():
+    """The module `two_ranks.py` beside this file."""
+    return _load(Path(__file__).parent / "two_ranks.py")
+
+
+@pytest.fixture(scope="session")
 def load_script():
     """`load_script("compare")` -> the module scripts/compare.py; scripts are no package."""
     return functools.cache(lambda name: _load(Path(__file__).parents[1] / "scripts" / f"{name}.py"))

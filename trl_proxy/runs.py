@@ -26,8 +26,16 @@ from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 PATIENCE = 20.0  # seconds; torch's launcher kills what has not ended 30 s after its signal
-# What may differ between an interrupted run and the command that goes on with it.
-_NOT_IDENTITY = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "log_level", "report_to"}
+# What may differ between an interrupted run and the command that goes on with it, and what no file may hold.
+_NOT_IDENTITY = {
+    "resume_from_checkpoint",
+    "output_dir",
+    "logging_dir",
+    "disable_tqdm",
+    "log_level",
+    "report_to",
+    "hub_token",
+}
 
 
 @dataclass
