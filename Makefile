@@ -8,7 +8,7 @@ LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --mult
 	--num_machines 1 --mixed_precision no --dynamo_backend no
 OUT ?= outputs/demo
 
-.PHONY: install demo results results-harmless compare compare-quick tune sweeps test lint clean
+.PHONY: install demo results results-harmless compare compare-quick tune sweeps test lint audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -72,6 +72,13 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive trl_proxy baselines eval scripts
+
+# Known weaknesses of what is installed. Asks PyPI, so CI does not run it.
+audit: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
+	$(BIN)/pip-audit
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) outputs build dist *.egg-info .mypy_cache

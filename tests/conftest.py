@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -178,6 +179,17 @@ def with_random_gate():
     return build
 
 
+@pytest.fixture
+def readme_example(tmp_path, tiny_lm, tiny_tokenizer) -> str:
+    """The README's Python on a tiny LM, which is saved to `tmp_path / "lm"`, and on a CPU."""
+    tiny_lm("llama").save_pretrained(tmp_path / "lm")
+    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    code = code.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "lm")))
+    # On a machine without a GPU, as every TRL trainer.
+    return code.replace('output_dir="short-proxy"', 'output_dir="short-proxy", use_cpu=True, bf16=False, report_to=[]')
+
+
 def _load(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -190,6 +202,12 @@ def _load(path: Path):
 def brute_force():
     """The module `brute_force.py` beside this file (pytest's importlib mode has no imports between tests)."""
     return _load(Path(__file__).parent / "brute_force.py")
+
+
+@pytest.fixture(scope="session")
+def load_two_ranks():
+    """The module `two_ranks.py` beside this file."""
+    return _load(Path(__file__).parent / "two_ranks.py")
 
 
 @pytest.fixture(scope="session")

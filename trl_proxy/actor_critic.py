@@ -125,7 +125,8 @@ class _LogitsWatch:
     """Notices, inside, logits of the LM that are NaN or +inf: tokens drawn from them would be rubbish."""
 
     def __init__(self, head: torch.nn.Module):
-        self.head, self.largest = head, []
+        self.head = head
+        self.largest: list[torch.Tensor] = []
 
     def __enter__(self):
         self.hook = self.head.register_forward_hook(self._look)
@@ -318,10 +319,13 @@ class ActorCriticTrainer(RLOOTrainer):
         advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.gae_lambda)
 
         # Moments over the steps of all processes, for whitening and for the critic's explained variance.
-        error = (returns - values) * mask
+        residual = (returns - values) * mask
         total = self.accelerator.reduce(
             torch.stack(
-                [x.double().sum() for x in (mask, advantages, advantages**2, returns, returns**2, error, error**2)]
+                [
+                    x.double().sum()
+                    for x in (mask, advantages, advantages**2, returns, returns**2, residual, residual**2)
+                ]
             ),
             reduction="sum",
         ).tolist()

@@ -265,7 +265,7 @@ class PPOConfig(RLOOConfig):
             raise ValueError(f"`reward_shaping_tokens` must be at least 1, got {self.reward_shaping_tokens}.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:
             raise ValueError(f"`missing_eos_penalty` must be above 0, got {self.missing_eos_penalty}.")
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every update uses all that is trained; DDP's search would miss the critic, which runs after `forward`.
             self.ddp_find_unused_parameters = False
         if self.reward_timeout is not None and not self.reward_timeout > 0:

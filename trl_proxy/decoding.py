@@ -8,7 +8,7 @@ transformers' own `generate`. With candidate features a proposal has to be fed t
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -61,9 +61,10 @@ class HiddenTap:
     """
 
     def __init__(self, lm: nn.Module, select: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        self.lm, self.select, self.hidden = lm, select, None
+        self.lm, self.select = lm, select
+        self.hidden: Any = None
 
-    def __enter__(self) -> "HiddenTap":
+    def __enter__(self) -> Self:
         self._hook = self.lm.get_output_embeddings().register_forward_pre_hook(self._tap)
         return self
 
@@ -99,7 +100,8 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, name: str, new: torch.Tensor, start: int) -> torch.Tensor:
-        held, room, end = getattr(self, name), self.room.get(name), start + new.shape[-2]
+        held, end = getattr(self, name), start + new.shape[-2]
+        room: Any = self.room.get(name)
         # Where rows were chosen or repeated, another tensor stands in place of the view.
         is_view = room is not None and held.data_ptr() == room.data_ptr() and held.shape[0] == room.shape[0]
         if not is_view or end > room.shape[-2]:
@@ -156,7 +158,7 @@ class PooledTap(HiddenTap):
         self.mask, self.seen = attention_mask, 0
         self.total = self.count = torch.zeros(1, 1, device=attention_mask.device)
 
-    def __enter__(self) -> "PooledTap":
+    def __enter__(self) -> Self:
         # The head gets the last position alone; the body's output has them all.
         self._body_hook = body_of(self.lm).register_forward_hook(self._pool)
         return super().__enter__()
@@ -215,7 +217,8 @@ class StopRecorder(StoppingCriteria):
     may be the very token that was accepted."""
 
     def __init__(self, criteria: list[StoppingCriteria]):
-        self.criteria, self.stopped = criteria, []
+        self.criteria = criteria
+        self.stopped: list[torch.Tensor] = []
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -270,7 +273,8 @@ class RowCache(Cache):
     """
 
     def __init__(self, num_layers: int, prompt_width: int, capacity: int):
-        self.capacity, self.width, self.slots = capacity, prompt_width, None
+        self.capacity, self.width = capacity, prompt_width
+        self.slots: Any = None  # `(rows, n)` int64 after the prompt
         super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
 
     def at(self, slots: torch.Tensor, n: int) -> int:

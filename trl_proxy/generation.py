@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StopStringCriteria
@@ -19,6 +21,15 @@ _TRUNCATIONS = ("top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff
 
 class GatedGeneration:
     """Mixin of [`~trl_proxy.ProxyModelForCausalLM`]."""
+
+    # What the model brings.
+    lm: Any
+    config: Any
+    generation_config: Any
+    proxy_by_row: Callable
+    proxy_config: Any
+    _proxy_disabled: bool
+    _judge: Callable
 
     @torch.no_grad()
     def generate(
@@ -167,7 +178,7 @@ class GatedGeneration:
             raise ValueError(
                 "Continuous batching needs a proxy with features='prefix' and pooled_features=False: use `generate`."
             )
-        return super().init_continuous_batching(*args, **kwargs)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _checked_prompts(self, input_ids, attention_mask, setting, eos_token_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts and their mask, `(batch, prompt length)` each; `ValueError` where they cannot be gone on from."""

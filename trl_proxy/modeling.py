@@ -143,7 +143,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
     @property
     def gate(self) -> ProxyMLP:
         """The active gate: features `(..., feature_size)` -> accept logits `(...)`."""
-        return self.proxy.gate
+        return self.proxy.gate  # type: ignore[return-value]  # of a sum of proxies, which is not trained, a method
 
     @property
     def critic(self) -> ProxyMLP:
@@ -280,7 +280,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
 
     def _with_token(self, hidden: torch.Tensor, token_ids: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
         embeddings = self.get_input_embeddings()(token_ids)
-        return torch.cat([hidden.float(), embeddings.to(hidden.device).float(), scalars.float()], dim=-1)
+        parts: list[Any] = [hidden, embeddings.to(hidden.device), scalars]
+        return torch.cat([part.float() for part in parts], dim=-1)
 
     def rollout_features(self, rollout: Rollout) -> torch.Tensor:
         """Features `(N, feature_size)` of a rollout's N decisions (where its mask is True, row by row)."""
@@ -343,7 +344,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         pooled_features = self.proxy_config.pooled_features
-        with HiddenTap(self.lm) as tap, record_body(self.lm) if pooled_features else nullcontext() as body:
+        pooling: Any = record_body(self.lm) if pooled_features else nullcontext()
+        with HiddenTap(self.lm) as tap, pooling as body:
             output = self.lm(**inputs)
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if position_ids is None:
@@ -387,15 +389,31 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
 
     # Saving and loading
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
-        """Writes the active proxy, `proxy_config.json` and `proxy_model.safetensors`; never the LM."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        """Writes the active proxy, `proxy_config.json` and `proxy_model.safetensors`; never the LM.
+
+        Args:
+            save_directory: folder.
+            is_main_process: False writes nothing.
+            state_dict: of this model, in place of its own where that is sharded; trainers hand over what they gathered.
+            kwargs: `push_to_hub`, `repo_id`.
+        """
         if not is_main_process:
             return
         if isinstance(self.proxy, WeightedProxy):
             raise ValueError(f"The proxy {self.active_proxy!r} is a sum of others: save those.")
         self.proxy_config.save_pretrained(save_directory)
         path = os.path.join(save_directory, WEIGHTS_NAME)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.proxy.state_dict().items()}
+        weights = self.proxy.state_dict()
+        if state_dict is not None:
+            weights = {name: state_dict[f"proxies.{self.active_proxy}.{name}"] for name in weights}
+        weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         save_file(weights, path + ".tmp", metadata={"format": "pt", "sha256": sha256_of(weights)})
         os.replace(path + ".tmp", path)
         if kwargs.get("push_to_hub"):

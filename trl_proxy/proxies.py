@@ -5,6 +5,7 @@ All answer `accept_logits(features, rows)` and say by `config` what they are off
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,7 @@ class Proxy(nn.Module):
         super().__init__()
         self.config = config
         prefix = config.features == "prefix"
-        sizes = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
+        sizes: list[Any] = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
         if config.pooled_features:
             sizes.insert(1, config.hidden_size)
         scalars = NUM_SCALARS if prefix else 0

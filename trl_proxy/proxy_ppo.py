@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +79,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         args.beta = beta
         for dataset in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
             _check_prompt_lengths(dataset, self._tokenizer, model, args)
-        self._rollout: Rollout | None = None
+        self._rollout: Any = None  # the Rollout that was generated last, until `_collect` takes it
         self._replay: list[dict[str, torch.Tensor]] = []
 
     # Rollout
@@ -291,7 +293,7 @@ def _concatenate(rollouts: list[Rollout]) -> Rollout:
     return Rollout(*(_cat(x) for x in zip(*rollouts)))
 
 
-def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows of several batches, `(B, ...)` each, with zeros where a row has fewer entries than the longest."""
     if tensors[0].dim() > 1:
         width = max(x.shape[1] for x in tensors)

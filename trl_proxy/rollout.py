@@ -1,5 +1,6 @@
 """The record of a generation: what was decided in each row, and what the gate read when it decided."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ class Step(NamedTuple):
 
 
 def record_steps(
-    steps: list[Step], responses: torch.Tensor, eos_token_ids: torch.Tensor, stopped: list[torch.Tensor] = ()
+    steps: list[Step], responses: torch.Tensor, eos_token_ids: torch.Tensor, stopped: Sequence[torch.Tensor] = ()
 ) -> tuple[Decisions, Rollout | None]:
     """The record of responses `(B, T)` that were decided step by step; a rollout where the steps kept `hidden`."""
     steps = steps[: responses.shape[1]]

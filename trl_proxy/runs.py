@@ -32,7 +32,7 @@ RUN_FILE = "run.json"
 RESULTS_FILE = "train_results.json"
 LOCK_FILE = ".lock"
 PATIENCE = 20.0  # seconds; torch's launcher kills what has not ended 30 s after its signal
-# What may differ between an interrupted run and the command that goes on with it.
+# What may differ between an interrupted run and the command that goes on with it, and what no file may hold.
 _NOT_IDENTITY = {
     "resume_from_checkpoint",
     "output_dir",
@@ -41,6 +41,7 @@ _NOT_IDENTITY = {
     "log_level",
     "report_to",
     "reward_timeout",
+    "hub_token",
 }
 
 
@@ -180,10 +181,11 @@ def interrupt_on_sigterm() -> None:
 
 def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:
     """Prompts to train on, and to evaluate on where the training arguments ask for it."""
-    train = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
+    name = run_args.dataset_name or EMBEDDED
+    train = load_prompts(name, run_args.dataset_train_split)
     if training_args.eval_strategy == "no":
         return train, None
-    return train, load_prompts(run_args.dataset_name, run_args.dataset_test_split)
+    return train, load_prompts(name, run_args.dataset_test_split)
 
 
 def reward_names(run_args: RunArguments) -> list[str]:
@@ -346,6 +348,7 @@ class RunClock(TrainerCallback):
     def __init__(self, limit: float | None, before: float = 0.0, cycle: int = 1):
         self.limit, self.before, self.cycle = limit, before, max(cycle, 1)
         self.signum = self.ended_by = 0
+        self.noted = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.spent = max(_logged_seconds(state), self.before)
@@ -401,7 +404,7 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
     trainer.add_callback(clock)
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
     over = state and _logged_seconds(state) >= (run_args.max_train_seconds or float("inf"))
-    if state and (over or state.global_step >= state.max_steps):
+    if checkpoint and state and (over or state.global_step >= state.max_steps):
         # transformers would train one step more.
         trainer.accelerator.print(f"{checkpoint} is the end of this run: nothing left to train.")
         if args.load_best_model_at_end and state.best_global_step:

@@ -155,6 +155,24 @@ def test_a_folder_is_one_runs(script, tiny_run, monkeypatch, tmp_path):
         run(script, tiny_run(output_dir=tmp_path / "file" / "out"), monkeypatch, tmp_path)
 
 
+def test_no_secret_is_written(script, tiny_run, monkeypatch, tmp_path):
+    secrets = {"HF_TOKEN": "hf_" + "s" * 34, "OPENAI_API_KEY": "sk-" + "t" * 40, "WANDB_API_KEY": "u" * 40}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    run(script, tiny_run(), monkeypatch, tmp_path)
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"run.json", "trainer_state.json", "README.md", "proxy_model.safetensors"} <= {x.name for x in written}
+    for path in written:
+        content = path.read_bytes()
+        assert [name for name, value in secrets.items() if value.encode() in content] == [], path
+
+
+def test_a_token_on_the_command_line_is_not_in_the_runs_record(script, tiny_run, monkeypatch, tmp_path):
+    run(script, tiny_run(hub_token="hf_" + "s" * 34, max_steps=4), monkeypatch, tmp_path)
+    for path in (tmp_path / "out").rglob("*.json"):
+        assert "hf_sss" not in path.read_text(), path
+
+
 RECIPES = [ROOT / "scripts" / "recipes" / f"{name}.yaml" for name in ("smollm2_cpu", "smollm2_cpu_harmless", "paper")]
 
 

@@ -399,6 +399,18 @@ def test_the_lm_by_name(gated, tiny_lm, ragged_batch, tmp_path):
     assert saved.proxy_config.base_model_name_or_path == str(tmp_path / "lm")
 
 
+def test_what_was_gathered_is_written(gated, tiny_lm, tmp_path):
+    """As FSDP and ZeRO-3 have it: this process holds a part of the weights, `state_dict` all of them."""
+    model = gated()
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.proxy.parameters():
+        parameter.data = torch.empty(0)
+    model.save_pretrained(tmp_path / "proxy", state_dict=whole)
+    again = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "proxy")
+    for name, value in again.proxy.state_dict().items():
+        assert torch.equal(value, whole[f"proxies.default.{name}"])
+
+
 def test_only_the_main_process_writes(gated, tmp_path):
     gated().save_pretrained(tmp_path / "proxy", is_main_process=False)
     assert not (tmp_path / "proxy").exists()

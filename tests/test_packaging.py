@@ -1,0 +1,106 @@
+"""The package as users get it: an sdist, a wheel made from it, and that wheel where no checkout is."""
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import trl_proxy
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = {
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "trl_proxy").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+}
+
+
+def call(*command, cwd) -> str:
+    """Runs it with this interpreter's packages and no checkout on the path; returns what it printed."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=180
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(sdist, wheel): the sdist of a copy of the checkout, and the wheel of the unpacked sdist."""
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "checkout"
+    for name in ("trl_proxy", "baselines", "eval", "scripts", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # What `python -m build` calls, in this environment: nothing is fetched.
+    build = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])(sys.argv[2])"
+    call(sys.executable, "-c", build, "build_sdist", folder, cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as file:
+        file.extractall(folder, filter="data")
+    call(sys.executable, "-c", build, "build_wheel", folder, cwd=folder / sdist.name.removesuffix(".tar.gz"))
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    _, wheel = built
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == SHIPPED
+    assert {"trl_proxy/py.typed", "trl_proxy/data/prompts.jsonl", "trl_proxy/data/reward/router.safetensors"} < SHIPPED
+    assert wheel.stat().st_size < 10 * 2**20
+
+
+def test_the_metadata(built):
+    with zipfile.ZipFile(built[1]) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_string(file.read(name).decode())
+        assert f"{name.partition('/')[0]}/licenses/LICENSE" in file.namelist()
+    assert (metadata["Name"], metadata["Version"]) == ("trl-proxy", trl_proxy.__version__)
+    assert (metadata["License-Expression"], metadata["License-File"]) == ("Apache-2.0", "LICENSE")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# trl-proxy")
+    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    # Its private methods move between minor versions.
+    assert "trl<1.17,>=1.16" in needed
+    # What plotting, judging and testing need comes by extras.
+    assert not {"matplotlib", "openai", "pytest"} & {line.split("<")[0].split(">")[0] for line in needed}
+    assert {"eval", "judge", "quantization"} <= set(metadata.get_all("Provides-Extra"))
+
+
+def test_the_changelog_has_this_version():
+    assert f"## [{trl_proxy.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_works_without_the_checkout(built, readme_example, tmp_path):
+    """In an environment of its own that sees this one's packages, but not the editable install: it trains the README's
+    proxy, and `python -m trl_proxy` answers."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=tmp_path)
+    (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    # A plain path: .pth files in there, as that of the editable install, are not read.
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    script = elsewhere / "example.py"
+    script.write_text(
+        f"{readme_example}\nimport runpy, trl_proxy\nfrom trl_proxy.defaults import load_prompts\n"
+        'print("at", trl_proxy.__file__)\nprint(len(load_prompts()), "prompts")\n'
+        'runpy.run_module("trl_proxy", run_name="__main__")\n'
+    )
+    printed = call(python, script, cwd=elsewhere).splitlines()
+    assert f"at {site / 'trl_proxy' / '__init__.py'}" in printed
+    assert f"trl-proxy {trl_proxy.__version__}" in printed
+    assert any(line.endswith(" prompts") and int(line.split()[0]) > 100 for line in printed)
+    assert (elsewhere / "short-proxy" / "proxy_model.safetensors").is_file()
