@@ -20,7 +20,7 @@ from trl_proxy import PPOConfig, PPOTrainer, ProxyConfig, ProxyModelForCausalLM,
 from trl_proxy.decoding import RowCache
 
 ROOT = Path(__file__).parents[2]
-PROMPT, NEW = 40, 12
+PROMPT, NEW = 40, 8
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def settings(script, **changes):
             "gate_hidden_sizes": [64],
             "max_candidates": 4,
             "per_device_train_batch_size": 8,
-            "steps_per_generation": 2,
+            "steps_per_generation": 1,
             "num_iterations": 2,
             "lora_r": 8,
             **changes,
@@ -159,7 +159,7 @@ def reward(prompts, completions, **kwargs):
 
 def trainer_arguments(folder, steps: int) -> dict:
     shared = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    ppo = {"num_generations": 4, "per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2}
+    ppo = {"num_generations": 4, "per_device_train_batch_size": 8, "steps_per_generation": 1, "num_iterations": 2}
     lengths = {"max_completion_length": NEW, "max_steps": steps, "logging_steps": 1}
     return {"output_dir": str(folder), **shared, **ppo, **lengths}
 
@@ -188,7 +188,7 @@ def test_training_a_gate(script, tmp_path, tiny_tokenizer, features, pooled, rep
     trainer = ProxyPPOTrainer(
         ProxyModelForCausalLM(small_lm(), config),
         reward_funcs=reward,
-        args=ProxyPPOConfig(**trainer_arguments(tmp_path, 4 * replay), replay_rollouts=replay, learning_rate=0.0),
+        args=ProxyPPOConfig(**trainer_arguments(tmp_path, 2 * replay), replay_rollouts=replay, learning_rate=0.0),
         train_dataset=Dataset.from_dict({"prompt": ["x" * PROMPT] * 64}),
         processing_class=tiny_tokenizer,
     )
@@ -213,7 +213,7 @@ def test_training_a_gate(script, tmp_path, tiny_tokenizer, features, pooled, rep
 
     # The first rollout has none before it to replay.
     replayed = [dataclasses.replace(args, replay_rollouts=i + 1) for i in range(replay)]
-    flops = 16 * sum(script.gate_flops(shape, one).total for one in replayed)
+    flops = 8 * sum(script.gate_flops(shape, one).total for one in replayed)
     assert counter.get_total_flops() == pytest.approx(flops, rel=0.03)
 
 
@@ -225,7 +225,7 @@ def test_training_the_lm_by_ppo(script, tmp_path, tiny_tokenizer, monkeypatch):
         trainer = PPOTrainer(
             small_lm(),
             reward_funcs=reward,
-            args=PPOConfig(**trainer_arguments(tmp_path, 4), beta=0.05),
+            args=PPOConfig(**trainer_arguments(tmp_path, 2), beta=0.05),
             train_dataset=Dataset.from_dict({"prompt": ["x" * PROMPT] * 64}),
             processing_class=tiny_tokenizer,
             peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -238,7 +238,7 @@ def test_training_the_lm_by_ppo(script, tmp_path, tiny_tokenizer, monkeypatch):
     assert live.peak == pytest.approx(memory.peak, rel=0.2)
     moments = [x for state in trainer.optimizer.state.values() for x in state.values() if x.dim()]
     assert 2 * nbytes(adapter) + nbytes(moments) == pytest.approx(memory.trained, rel=0.01)  # and a value head's
-    flops = 16 * script.ppo_flops(shape, args, scored=PROMPT + NEW - 1).total
+    flops = 8 * script.ppo_flops(shape, args, scored=PROMPT + NEW - 1).total
     assert counter.get_total_flops() == pytest.approx(flops, rel=0.03)
 
 
@@ -260,11 +260,11 @@ def test_time_is_what_the_slower_of_compute_and_memory_takes(script):
 
 
 def test_a_reward_model_counts(script):
-    shape, args = script.Shape.of(small_config()), settings(script, reward_parameters=1e6, reward_shaping_tokens=5)
+    shape, args = script.Shape.of(small_config()), settings(script, reward_parameters=1e6, reward_shaping_tokens=3)
     without = dataclasses.replace(args, reward_parameters=0.0)
     for memory, flops in ((script.gate_memory, script.gate_flops), (script.ppo_memory, script.ppo_flops)):
         assert memory(shape, args).peak - memory(shape, without).peak == pytest.approx(2e6)
-        # After 5, 10 and all tokens.
+        # After 3, 6 and all tokens.
         assert flops(shape, args).total - flops(shape, without).total == pytest.approx(3 * 2e6 * (PROMPT + NEW))
 
 
