@@ -32,7 +32,7 @@ def small_config(**changes) -> LlamaConfig:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 96}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaConfig(**{**sizes, **heads, **ids, "max_position_embeddings": 256, **changes})
+    return LlamaConfig(**{**sizes, **heads, **ids, "max_position_embeddings": 512, **changes})
 
 
 def small_lm(**changes):
@@ -116,7 +116,7 @@ def test_layers_that_are_no_nn_linear_count_too(script):
 # What a rollout holds
 
 
-@pytest.mark.parametrize("lengths", [(40, 16), (40, 50), (5, 40)])
+@pytest.mark.parametrize("lengths", [(40, 50), (5, 40), (300, 45)])
 def test_the_cache_is_as_large_as_the_one_that_generate_fills(script, lengths):
     prompt, new = lengths
     lm = small_lm()
