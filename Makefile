@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
 # One process per core. A machine with GPUs launches by its own accelerate configuration instead.
 LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 \
 	--num_machines 1 --mixed_precision no --dynamo_backend no
 OUT ?= outputs/demo
 
-.PHONY: install demo results results-harmless compare compare-quick tune sweeps test lint audit clean
+.PHONY: install demo results results-harmless compare compare-quick tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -79,6 +80,14 @@ lint: $(INSTALLED)
 audit: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
 	$(BIN)/pip-audit
+
+# The site of docs/ in outputs/site; a link that leads nowhere fails.
+docs: $(INSTALLED_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --config-settings editable_mode=compat -e ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info .mypy_cache

@@ -296,16 +296,16 @@ class ActorCriticTrainer(RLOOTrainer):
         try:
             with _LogitsWatch(head) as self._watch:
                 output = super()._generate_and_score_completions(inputs)
-        except RewardError as error:
+        except RewardError as failure:
             if not training:
                 raise
             # The state before this rollout: a resumed run makes the same rollout and asks for its rewards again.
             torch.set_rng_state(rng_state)
             self._save_checkpoint(self.model, trial=None)
             raise RewardError(
-                f"{str(error).removesuffix('.')}: mend it, and the same command goes on from "
+                f"{str(failure).removesuffix('.')}: mend it, and the same command goes on from "
                 f"checkpoint-{self.state.global_step}, saved just now."
-            ) from error
+            ) from failure
         except RuntimeError:
             # Sampling has no tokens to draw where the logits are no numbers.
             self._check_logits([row["prompt"] for row in inputs])
@@ -319,7 +319,7 @@ class ActorCriticTrainer(RLOOTrainer):
         advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.gae_lambda)
 
         # Moments over the steps of all processes, for whitening and for the critic's explained variance.
-        residual = (returns - values) * mask
+        error = (returns - values) * mask
         total = self.accelerator.reduce(
             torch.stack(
                 [

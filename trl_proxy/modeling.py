@@ -401,7 +401,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         Args:
             save_directory: folder.
             is_main_process: False writes nothing.
-            state_dict: of this model, in place of its own where that is sharded; trainers hand over what they gathered.
+            state_dict: of this model, where its own is sharded and a trainer has gathered it.
             kwargs: `push_to_hub`, `repo_id`.
         """
         if not is_main_process:
