@@ -322,10 +322,7 @@ class ActorCriticTrainer(RLOOTrainer):
         error = (returns - values) * mask
         total = self.accelerator.reduce(
             torch.stack(
-                [
-                    x.double().sum()
-                    for x in (mask, advantages, advantages**2, returns, returns**2, residual, residual**2)
-                ]
+                [x.double().sum() for x in (mask, advantages, advantages**2, returns, returns**2, error, error**2)]
             ),
             reduction="sum",
         ).tolist()
