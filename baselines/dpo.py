@@ -22,8 +22,8 @@ from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 from baselines.best_of_n import BestOfNPolicy
 from baselines.reward_model import load_callable_reward
 from baselines.training import LoraModelConfig
-from trl_proxy.config import write_text
 from trl_proxy.defaults import load_prompts
+from trl_proxy.files import write_text
 from trl_proxy.rewards import check_rewards, to_text
 from trl_proxy.runs import RunArguments, begin, fit, load_policy, reward_names, to_device
 

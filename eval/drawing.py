@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import gaussian_kde
 
 from eval.stats import seeds_mean_ci
-from trl_proxy.config import writing
+from trl_proxy.files import writing
 
 # Okabe & Ito 2008, 'Color Universal Design'; without yellow, which is too light for a line on white
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

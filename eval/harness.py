@@ -24,7 +24,7 @@ from baselines.policy import Completions, Policy, encode_prompts, score
 from eval.likelihood import likelihood
 from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
-from trl_proxy.config import write_text
+from trl_proxy.files import write_text
 from trl_proxy.rewards import to_text
 from trl_proxy.runs import installed_version
 

@@ -16,7 +16,7 @@ from eval.harness import Run
 from eval.judge import Verdicts
 from eval.report import find_sft, group_records, kind_title, label, mean_over_seeds
 from eval.stats import Interval, seeds_rate_ci, win_rate
-from trl_proxy.config import write_text
+from trl_proxy.files import write_text
 
 
 @dataclass(kw_only=True)

@@ -44,8 +44,9 @@ from eval.plots_training import TrainingLog, plot_training_curve, training_log
 from eval.report import print_tables, report_markdown, samples_markdown
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.card import add_results
-from trl_proxy.config import CONFIG_NAME, FILLED_IN, WEIGHTS_NAME, proxy_file, write_text
+from trl_proxy.config import CONFIG_NAME, FILLED_IN, WEIGHTS_NAME, proxy_file
 from trl_proxy.defaults import EMBEDDED, load_prompts
+from trl_proxy.files import write_text
 from trl_proxy.runs import (
     RESULTS_FILE,
     RUN_FILE,

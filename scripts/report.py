@@ -24,7 +24,8 @@ from eval.plots_training import (
     read_sweep,
     training_log,
 )
-from trl_proxy.config import CONFIG_NAME, write_text
+from trl_proxy.config import CONFIG_NAME
+from trl_proxy.files import write_text
 from trl_proxy.runs import RUN_FILE, one_sentence
 
 

@@ -42,7 +42,7 @@ from eval.report import (
     print_table,
     with_interval,
 )
-from trl_proxy.config import write_text
+from trl_proxy.files import write_text
 from trl_proxy.runs import flags, hold, interrupt_on_sigterm, is_finished, one_sentence, run_command, wait_until_free
 
 HERE = Path(__file__).parent

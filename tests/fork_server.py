@@ -68,6 +68,7 @@ def serve(path: str) -> None:
     server.bind(path)
     server.listen()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reaps what has ended
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     while True:
         connection, _ = server.accept()
         if os.fork() == 0:

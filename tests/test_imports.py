@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 # From left to right. Files of one entry stand beside each other and do not import one another.
 ORDER = [
+    ("files",),
     ("config", "candidates", "gate", "advantages", "losses", "rewards"),
     ("rollout", "actor_critic", "defaults", "proxies", "card"),
     ("decoding",),

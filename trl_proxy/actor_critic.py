@@ -24,7 +24,8 @@ from trl import RLOOTrainer, is_conversational
 from trl.trainer.utils import RepeatSampler, is_async_callable
 
 from .advantages import gae, step_rewards
-from .config import PPOConfig, WriteError, write_checksums, writing
+from .config import PPOConfig
+from .files import WriteError, write_checksums, writing
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
 from .rewards import as_list, check_rewards
 

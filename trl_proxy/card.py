@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .config import ProxyConfig, write_text
+from .config import ProxyConfig
+from .files import write_text
 
 CITATION = """\
 @article{zhu2024proxyrlhf,

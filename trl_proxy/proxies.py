@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .candidates import NUM_SCALARS
-from .config import FILLED_IN, ProxyConfig, other_copy
+from .config import FILLED_IN, ProxyConfig
+from .files import other_copy
 from .gate import ProxyMLP
 
 LM_ITSELF = "__base__"  # PEFT's name, in a mixed batch, for a row without adapter

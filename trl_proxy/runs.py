@@ -25,8 +25,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
-from .config import damaged_files, write_text, writing
 from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
+from .files import damaged_files, write_text, writing
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "train_results.json"

@@ -16,7 +16,7 @@ from trl import ModelConfig
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.card import proxy_card
-from trl_proxy.config import WriteError
+from trl_proxy.files import WriteError
 
 ROOT = Path(__file__).parents[2]
 REWARD = """

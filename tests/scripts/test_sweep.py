@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,26 +69,20 @@ def arguments(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
 
 
 @pytest.mark.fault
-def test_a_sweep_goes_on_after_a_kill(sweep, arguments, tmp_path, capsys):
+def test_a_sweep_goes_on_after_an_interrupt(sweep, arguments, fork_server, monkeypatch, tmp_path):
     """And a cell that fails keeps no other from finishing."""
-    arguments["grid"] = {"max_candidates": [4, 0]}
-    recipe = tmp_path / "sweep.yaml"
+    arguments |= {"grid": {"max_candidates": [4, 0]}, "launch": fork_server.python}
+    monkeypatch.setattr(sys, "executable", fork_server.python)
+    recipe, log = tmp_path / "sweep.yaml", tmp_path / "log.txt"
     recipe.write_text(yaml.safe_dump(arguments))
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--config", str(recipe)]
-    process = subprocess.Popen(
-        command,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
+    script = fork_server([ROOT / "scripts" / "sweep.py", "--config", recipe], tmp_path, log)
     good, bad = (tmp_path / "cells" / f"max_candidates={n}-seed0" for n in (4, 0))
     end = time.monotonic() + 120
     while not list(good.glob("checkpoint-*")) and time.monotonic() < end:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert "interrupted; the same command goes on" in process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 1
+    os.kill(script.pid, signal.SIGINT)
+    assert script.wait() == 1
+    assert "interrupted; the same command goes on" in log.read_text()
     assert not (tmp_path / "cells" / "sweep.md").exists()
 
     args = sweep.SweepArguments(**arguments)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from transformers import GenerationConfig, GenerationMixin, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, pipeline
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.gate import gated_log_probs
@@ -172,12 +172,14 @@ def test_continuous_batching(gated, ragged_batch):
         for _ in range(6):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         expected.append(ids[len(prompt) :])
-    outputs = model.generate_batch(inputs=prompts, generation_config=config)
+    # By default the engine fills the machine's memory with pages.
+    small = {"generation_config": config, "continuous_batching_config": ContinuousBatchingConfig(32, 16, 64)}
+    outputs = model.generate_batch(inputs=prompts, **small)
     assert [output.generated_tokens for output in outputs.values()] == expected
     plain = model.lm.generate(torch.tensor(prompts[:1]), generation_config=config)[0, 3:].tolist()
     assert plain != expected[0], "the gate makes a difference"
     with model.disable_proxy():
-        (output,) = model.generate_batch(inputs=prompts[:1], generation_config=config).values()
+        (output,) = model.generate_batch(inputs=prompts[:1], **small).values()
     assert output.generated_tokens == plain
 
 

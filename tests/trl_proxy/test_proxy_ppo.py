@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.actor_critic import RewardError
-from trl_proxy.config import damaged_files
+from trl_proxy.files import damaged_files
 
 PROMPTS = [f"{a}{b} " for a in "abcdefgh" for b in "ijklmnop"]
 

@@ -1,0 +1,89 @@
+"""Files that are written whole or not at all, and whose damage is noticed."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.trainer_utils import get_last_checkpoint
+
+CHECKSUMS_NAME = "checksums.json"  # of a checkpoint
+
+
+class WriteError(OSError):
+    """A file could not be written; what was saved before is as it was."""
+
+
+def _why_not_written(error: Exception) -> str | None:
+    """The operating system's reason why a file was not written, None where the error is another."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors and tokenizers are written in Rust, and torch writes its archives in C++.
+    if reason := re.search(r"([^:]+) \(os error \d+\)", str(error)):
+        return reason[1].strip()
+    in_archive = any(part in str(error) for part in ("inline_container", "iostream error"))
+    return "torch could not write its file" if in_archive else None
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what the libraries raise when a disk is full, or a folder cannot be written, into a [`WriteError`]."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        if (reason := _why_not_written(error)) is None:
+            raise
+        raise WriteError(
+            f"{os.fspath(path)} could not be written ({reason}): make room or mend the folder, and the same command "
+            "goes on from what was saved before."
+        ) from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file, and the folders it is in, in one step: nobody ever finds half of it. Raises [`WriteError`]."""
+    path = os.fspath(path)
+    with writing(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(path + ".tmp", path)
+
+
+def _checksums(folder: str) -> dict[str, str]:
+    sums = {}
+    for name in sorted(os.listdir(folder)):
+        if name != CHECKSUMS_NAME and os.path.isfile(path := os.path.join(folder, name)):
+            with open(path, "rb") as file:
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def write_checksums(folder: str) -> None:
+    """Writes the SHA-256 of every file in a checkpoint: torch reads a file with a flipped bit without a word."""
+    write_text(os.path.join(folder, CHECKSUMS_NAME), json.dumps(_checksums(folder), indent=2) + "\n")
+
+
+def damaged_files(folder: str) -> list[str]:
+    """Names of the files of a checkpoint that are not as they were written, or are gone; none where the checkpoint
+    holds no checksums."""
+    path = os.path.join(folder, CHECKSUMS_NAME)
+    if not os.path.isfile(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            written = json.load(file)
+        found = _checksums(folder)
+        return [name for name, digest in written.items() if found.get(name) != digest]
+    except (AttributeError, ValueError):
+        return [CHECKSUMS_NAME]
+
+
+def other_copy(path: str) -> str:
+    """The end of a sentence about a damaged file of a trained proxy: the checkpoint that has the file as well."""
+    folder, name = os.path.split(os.path.abspath(path))
+    last = get_last_checkpoint(folder)
+    return f"; {last} holds a copy" if last and os.path.isfile(os.path.join(last, name)) else ""
