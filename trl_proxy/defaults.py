@@ -126,7 +126,7 @@ def load_lm(
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
     )
-    model.config._name_or_path = name
+    model.config._name_or_path = model.name_or_path = name  # PEFT writes the latter into an adapter
     return model.eval(), tokenizer
 
 

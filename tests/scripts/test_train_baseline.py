@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from baselines.training import load_trained
@@ -211,3 +212,17 @@ def test_another_lms_adapter_is_refused(train, tmp_path, tiny_lm, tiny_tokenizer
         load_trained(tmp_path / "rlhf", lm, tokenizer, batch_size=2, max_new_tokens=6)
     with pytest.raises(ValueError, match="holds no trained model"):
         load_trained(tmp_path, lm, tokenizer, batch_size=2, max_new_tokens=6)
+
+
+def test_an_adapter_names_the_embedded_lm(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
+    """And not the file that it was read from, which is another on the next machine."""
+    tiny_lm("llama").save_pretrained(tmp_path / "lm")
+    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+    monkeypatch.setattr("trl_proxy.defaults.resolve_model", lambda name: str(tmp_path / "lm"))
+    tuned = get_peft_model(load_lm("embedded")[0], LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded"
+    )
+    policy = load_trained(tmp_path / "adapter", *load_lm("embedded"), batch_size=2, max_new_tokens=4)
+    assert policy.parameters_report()["trainable_parameters"] > 0
