@@ -185,7 +185,6 @@ def train_missing(args: CompareArguments) -> list["Trained"]:
         for seed in args.seeds:
             folder = os.path.join(args.output_dir, f"{method}-seed{seed}")
             settings = args.train_settings | {"seed": seed}
-            os.makedirs(folder, exist_ok=True)
             wait_until_free(folder)
             if not is_finished(folder, recipe_settings | settings):
                 print(f"Training {folder} by {path}.")

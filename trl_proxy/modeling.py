@@ -163,21 +163,23 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`: no proxy there, a damaged file, or one made for another LM.
         """
-        self.proxies[name] = self._load(folder_or_id, check_base_model, hub_kwargs)  # where that fails, nothing is
-
-    def _load(self, folder_or_id: str | os.PathLike, check_base_model: bool, hub_kwargs: dict) -> Proxy:
         config = ProxyConfig.from_pretrained(folder_or_id, **hub_kwargs)
         weights = proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs)
         proxy = self._new_proxy(config)
-        trained, here = config.base_model_sha256, proxy.config.base_model_sha256
-        if check_base_model and None not in (trained, here) and trained != here:
+        self._load_trained(proxy, config, folder_or_id, weights, check_base_model)
+        self.proxies[name] = proxy  # only now: a file that does not load leaves no untrained proxy behind
+
+    def _load_trained(self, proxy: Proxy, saved: ProxyConfig, source: str | os.PathLike, weights: str, check: bool):
+        """Loads a trained proxy's weights; `ValueError` where, with `check`, it was saved over another LM, or the file
+        is damaged."""
+        trained, here = saved.base_model_sha256, proxy.config.base_model_sha256
+        if check and None not in (trained, here) and trained != here:
             raise ValueError(
-                f"The proxy {folder_or_id} was trained over {config.base_model_name_or_path or 'another LM'}, whose "
-                f"sizes or embeddings differ from those of {self.lm.config._name_or_path or 'this LM'}: load that LM, "
-                "or pass `check_base_model=False`."
+                f"The proxy {source} was trained over {saved.base_model_name_or_path or 'another LM'}, whose sizes or "
+                f"embeddings differ from those of {self.lm.config._name_or_path or 'this LM'}: load that LM, or pass "
+                "`check_base_model=False`."
             )
         proxy.load_weights(weights)
-        return proxy
 
     def set_proxy(self, name: str) -> None:
         """Makes the proxy `name` the active one; `ValueError` where it was not loaded."""
@@ -462,9 +464,9 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         """
         hub_kwargs = hub_kwargs or {}
         config = ProxyConfig.from_pretrained(folder_or_id, **hub_kwargs)
-        proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs)  # before an LM is loaded
+        weights = proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs)
         if isinstance(lm, (str, os.PathLike)):
             lm = AutoModelForCausalLM.from_pretrained(lm, **kwargs)
         model = cls(lm, config)
-        model.load_proxy(folder_or_id, "default", check_base_model=check_base_model, **hub_kwargs)
+        model._load_trained(model.proxy, config, folder_or_id, weights, check_base_model)
         return model.eval()
