@@ -5,6 +5,7 @@ import importlib.util
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -214,6 +215,38 @@ def load_two_ranks():
 def load_script():
     """`load_script("compare")` -> the module scripts/compare.py; scripts are no package."""
     return functools.cache(lambda name: _load(Path(__file__).parents[1] / "scripts" / f"{name}.py"))
+
+
+@pytest.fixture(scope="session")
+def launch_two():
+    """`launch_two(script, arguments, cwd=None, config=None)` -> what `accelerate launch` of two gloo ranks on the CPU
+    ended with, as on two GPUs; `config` is a file of accelerate's settings."""
+    root = Path(__file__).parents[1]
+
+    def launch(script, arguments, cwd=None, config=None):
+        with socket.socket() as probe:  # a port of its own for each launch
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        settings = ["--config_file", config] if config else ["--multi_gpu", "--num_machines", "1"]
+        settings += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", port]
+        settings += [] if config else ["--dynamo_backend", "no"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *settings, root / script, *arguments]
+        return subprocess.run(
+            list(map(str, command)),
+            cwd=cwd,
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{root}{os.pathsep}{cwd or root}",
+                "ACCELERATE_USE_CPU": "1",
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+
+    return launch
 
 
 @pytest.fixture(scope="session")

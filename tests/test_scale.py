@@ -1,10 +1,6 @@
 """Several processes, large LMs: what accelerate is told, gradients and metrics over two ranks, offloaded LMs."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,24 +48,10 @@ def lm_folder(tmp_path_factory, tiny_lm, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def two(lm_folder, tmp_path_factory) -> dict:
+def two(launch_two, lm_folder, tmp_path_factory) -> dict:
     """What two gloo ranks found, launched by the shipped configuration."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(CONFIGS / "multi_gpu.yaml"), "--num_processes", "2", "--mixed_precision", "no"),
-            *("--main_process_port", str(port), str(ROOT / "tests" / "two_ranks.py"), str(lm_folder), str(folder)),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+    result = launch_two("tests/two_ranks.py", [lm_folder, folder], config=CONFIGS / "multi_gpu.yaml")
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 

@@ -1,11 +1,7 @@
 """scripts/train_baseline.py: every method trains a tiny LM, goes on where it stopped, and leaves a policy."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,24 +71,10 @@ def train(script, command_line):
     return lambda method, **changes: script.main(command_line(method, **changes))
 
 
-def test_two_processes_train_one_policy(command_line, tmp_path):
+def test_two_processes_train_one_policy(launch_two, command_line, tmp_path):
     """The adapter and the value head, which runs outside the LM's `forward`, on two gloo ranks."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", str(port), str(ROOT / "scripts" / "train_baseline.py"),
-    ]  # fmt: skip
-    result = subprocess.run(
-        [*launch, *command_line("rlhf", per_device_train_batch_size=2, beta=0.1)],
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+    arguments = command_line("rlhf", per_device_train_batch_size=2, beta=0.1)
+    result = launch_two("scripts/train_baseline.py", arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[:6000]
     head = load_file(tmp_path / "rlhf" / "value_head.safetensors")
     assert head["linear.weight"].abs().sum() > 0

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -234,33 +233,13 @@ def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
 
 
 @pytest.mark.fault
-def test_two_processes_train_one_proxy(tiny_run, tiny_lm, tmp_path):
+def test_two_processes_train_one_proxy(launch_two, tiny_run, tiny_lm, tmp_path):
     """Two gloo ranks on the CPU, launched as on two GPUs; a signal to one of them, or its bad reward, stops both. The
     same command goes on to the same result."""
 
     def run_both(**flags):
-        with socket.socket() as probe:  # a port of its own for each launch
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        launch = [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-            "--main_process_port", str(port), str(ROOT / "scripts" / "train_proxy.py"),
-        ]  # fmt: skip
-        return subprocess.run(
-            [*launch, *tiny_run(per_device_train_batch_size=2, num_generations=2, replay_rollouts=2, **flags)],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
-                "ACCELERATE_USE_CPU": "1",
-                "OMP_NUM_THREADS": "1",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=180,
-        )
+        arguments = tiny_run(per_device_train_batch_size=2, num_generations=2, replay_rollouts=2, **flags)
+        return launch_two("scripts/train_proxy.py", arguments, cwd=tmp_path)
 
     result = run_both(max_steps=12, output_dir=tmp_path / "whole")
     assert result.returncode == 0, result.stderr[-2000:]
