@@ -34,7 +34,7 @@ from trl_proxy.decoding import HiddenTap
 from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
 from trl_proxy.files import write_text
 from trl_proxy.gate import decide
-from trl_proxy.runs import one_sentence
+from trl_proxy.runs import run_script
 
 PLAIN = "generate, sampled"
 CONFIGS = {
@@ -396,9 +396,5 @@ def main(args: BenchmarkArguments) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(
-            *HfArgumentParser(BenchmarkArguments, description=__doc__.partition("\n")[0]).parse_args_into_dataclasses()
-        )
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"benchmark: {one_sentence(error)}") from error
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__.partition("\n")[0])
+    run_script("benchmark", lambda: main(*parser.parse_args_into_dataclasses()))

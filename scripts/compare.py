@@ -55,9 +55,9 @@ from trl_proxy.runs import (
     interrupt_on_sigterm,
     is_finished,
     load_policy,
-    one_sentence,
     read_json,
     run_command,
+    run_script,
     to_device,
     wait_until_free,
 )
@@ -473,9 +473,4 @@ def main(args: CompareArguments, model_args: ModelConfig) -> None:
 
 if __name__ == "__main__":
     interrupt_on_sigterm()
-    try:
-        main(*make_parser().parse_args_and_config())
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"compare: {one_sentence(error)}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("compare: interrupted; the same command goes on.") from None
+    run_script("compare", lambda: main(*make_parser().parse_args_and_config()), goes_on=True)

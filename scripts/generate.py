@@ -19,7 +19,7 @@ from trl_proxy import ProxyModelForCausalLM
 from trl_proxy.actor_critic import check_chat_template
 from trl_proxy.defaults import EMBEDDED, load_lm
 from trl_proxy.rollout import trace
-from trl_proxy.runs import one_sentence
+from trl_proxy.runs import run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,7 +90,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(make_parser().parse_args())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"generate: {one_sentence(error)}") from error
+    run_script("generate", lambda: main(make_parser().parse_args()))

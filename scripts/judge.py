@@ -61,7 +61,7 @@ from eval.judgements import (
 )
 from eval.report import print_table
 from trl_proxy.defaults import EMBEDDED
-from trl_proxy.runs import load_policy, one_sentence, to_device
+from trl_proxy.runs import load_policy, run_script, to_device
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
     "reward": ("rewards", "reward_model"),
@@ -313,7 +313,4 @@ def main(args: JudgeArguments, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*make_parser().parse_args_and_config())
-    except (ImportError, OSError, ValueError, JudgeError) as error:
-        raise SystemExit(f"judge: {one_sentence(error)}") from error
+    run_script("judge", lambda: main(*make_parser().parse_args_and_config()), errors=(JudgeError,), goes_on=True)

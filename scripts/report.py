@@ -26,7 +26,7 @@ from eval.plots_training import (
 )
 from trl_proxy.config import CONFIG_NAME
 from trl_proxy.files import write_text
-from trl_proxy.runs import RUN_FILE, one_sentence
+from trl_proxy.runs import RUN_FILE, run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,7 +102,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(make_parser().parse_args())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"report: {one_sentence(error)}") from error
+    run_script("report", lambda: main(make_parser().parse_args()))

@@ -24,6 +24,7 @@ from eval.report import markdown_table
 from trl_proxy import ProxyConfig
 from trl_proxy.candidates import NUM_SCALARS
 from trl_proxy.defaults import resolve_model
+from trl_proxy.runs import run_script
 
 GB = 1e9
 # The architectures of Llama-3.2-1B, Mistral-7B-v0.3 and Llama-3.1-70B.
@@ -470,8 +471,5 @@ def main(args: SizingArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        # A recipe has more settings than matter here.
-        main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"sizing: {error}") from error
+    # A recipe has more settings than matter here.
+    run_script("sizing", lambda: main(*make_parser().parse_args_and_config(fail_with_unknown_args=False)))

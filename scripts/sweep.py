@@ -43,7 +43,7 @@ from eval.report import (
     with_interval,
 )
 from trl_proxy.files import write_text
-from trl_proxy.runs import flags, hold, interrupt_on_sigterm, is_finished, one_sentence, run_command, wait_until_free
+from trl_proxy.runs import flags, hold, interrupt_on_sigterm, is_finished, run_command, run_script, wait_until_free
 
 HERE = Path(__file__).parent
 
@@ -222,9 +222,5 @@ def main(args: SweepArguments) -> list[list[str]]:
 
 if __name__ == "__main__":
     interrupt_on_sigterm()
-    try:
-        main(*TrlParser((SweepArguments,), description=__doc__.partition("\n")[0]).parse_args_and_config())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"sweep: {one_sentence(error)}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("sweep: interrupted; the same command goes on.") from None
+    parser = TrlParser((SweepArguments,), description=__doc__.partition("\n")[0])
+    run_script("sweep", lambda: main(*parser.parse_args_and_config()), goes_on=True)

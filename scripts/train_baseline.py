@@ -15,7 +15,7 @@ from trl import TrlParser
 
 from baselines.training import BASELINES
 from trl_proxy.actor_critic import RewardError
-from trl_proxy.runs import Interrupted, leave, one_sentence
+from trl_proxy.runs import run_script
 
 
 def parse(arguments: list[str]):
@@ -40,15 +40,4 @@ def main(arguments: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        trainer = main(sys.argv[1:])
-    except (OSError, ValueError, RewardError) as error:
-        print(f"train_baseline: {one_sentence(error)}", file=sys.stderr)
-        leave(1)
-    except Interrupted as error:
-        print(f"train_baseline: {error}", file=sys.stderr)
-        leave(128 + error.signum)
-    except KeyboardInterrupt:
-        print("train_baseline: interrupted; the same command goes on.", file=sys.stderr)
-        leave(130)
-    leave(0)
+    run_script("train_baseline", lambda: main(sys.argv[1:]), errors=(RewardError,), goes_on=True)

@@ -18,7 +18,6 @@ functions of your own, weighted by `--reward_weights`.
 
 import copy
 import dataclasses
-import sys
 
 from trl import ModelConfig, TrlParser
 
@@ -26,15 +25,13 @@ from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyP
 from trl_proxy.actor_critic import RewardError
 from trl_proxy.config import FILLED_IN
 from trl_proxy.runs import (
-    Interrupted,
     RunArguments,
     begin,
     fit,
-    leave,
     load_datasets,
     load_policy,
     load_rewards,
-    one_sentence,
+    run_script,
 )
 
 # ProxyConfig on the command line: `--temperature` is the training arguments' already, and the model fills in the rest.
@@ -79,15 +76,9 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        trainer = main(*make_parser().parse_args_and_config())
-    except (OSError, ValueError, RewardError) as error:
-        print(f"train_proxy: {one_sentence(error)}", file=sys.stderr)
-        leave(1)
-    except Interrupted as error:
-        print(f"train_proxy: {error}", file=sys.stderr)
-        leave(128 + error.signum)
-    except KeyboardInterrupt:
-        print("train_proxy: interrupted; the same command goes on.", file=sys.stderr)
-        leave(130)
-    leave(0)
+    run_script(
+        "train_proxy",
+        lambda: main(*make_parser().parse_args_and_config()),
+        errors=(RewardError,),
+        goes_on=True,
+    )

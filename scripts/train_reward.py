@@ -56,6 +56,7 @@ from trl_proxy.rewards import (
     resolve_base,
     to_text,
 )
+from trl_proxy.runs import run_script
 
 CUT_WORDS = 16  # the card shows how well the reward judges the first words of a response
 
@@ -485,4 +486,5 @@ def main(script_args: ScriptArguments, args: RewardTrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, RewardTrainingArguments)).parse_args_and_config())
+    parser = TrlParser((ScriptArguments, RewardTrainingArguments))
+    run_script("train_reward", lambda: main(*parser.parse_args_and_config()))

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
-from trl_proxy.runs import leave
+from trl_proxy.runs import run_script
 
 PROMPTS = [f"{a}{b} " for a in "abcd" for b in "ijkl"]
 
@@ -120,8 +120,11 @@ def main(lm_folder: str, output_dir: str, world_size: int = 2) -> dict:
     return {**found, **compare.found}
 
 
-if __name__ == "__main__":
-    found = main(*sys.argv[1:])
+def write(lm_folder: str, output_dir: str) -> None:
+    found = main(lm_folder, output_dir)
     if os.environ["RANK"] == "0":
-        (Path(sys.argv[2]) / "found.json").write_text(json.dumps(found))
-    leave(0)
+        (Path(output_dir) / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run_script("two_ranks", lambda: write(*sys.argv[1:]))

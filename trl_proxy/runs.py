@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
@@ -447,7 +448,31 @@ def measured(trainer) -> dict[str, float]:
     }
 
 
-def leave(status: int) -> None:
+def run_script(
+    name: str, main: Callable[[], Any], errors: tuple[type[Exception], ...] = (), goes_on: bool = False
+) -> NoReturn:
+    """Runs `main` as the script `name` and ends the process: what went wrong is one sentence on stderr.
+
+    Args:
+        errors: what says in one sentence what is wrong, beside `ImportError`, `OSError` and `ValueError`.
+        goes_on: whether the same command goes on with an interrupted run.
+    """
+    status = 0
+    expected: tuple[type[BaseException], ...] = (ImportError, OSError, ValueError, *errors)
+    try:
+        kept = main()  # noqa: F841 - see `_leave`
+    except expected as error:
+        status, message = 1, one_sentence(error)
+    except Interrupted as error:
+        status, message = 128 + error.signum, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted; the same command goes on." if goes_on else "interrupted."
+    if status:
+        print(f"{name}: {message}", file=sys.stderr)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
     """Ends the process. One of several ends without taking its objects apart: the last reference to a gloo process
     group is DDP's, its destructor waits for a thread, and now and then that thread waits for the interpreter. So keep
     the trainer until then."""
