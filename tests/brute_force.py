@@ -76,6 +76,14 @@ def run_lm(lm, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     return output.logits[0, -1].float(), output.hidden_states[-1][0]
 
 
+def read_states(lm, ids: list[int], config) -> list[torch.Tensor]:
+    """The parts of what the gate reads of the LM after `ids`: each layer's last state, then each layer's mean."""
+    hidden = lm(torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
+    states = [hidden[layer][0] for layer in config.feature_layers]
+    means = [x.mean(0) for x in states] if config.pooled_features else []
+    return [x[-1] for x in states] + means
+
+
 @torch.no_grad()
 def decode(
     model,
@@ -128,14 +136,13 @@ def _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_
                 break
             if config.features == "candidate":
                 scalars = [0.0] * 5
-                state = [run_lm(lm, [*before, token])[1][-1]]
+                state = read_states(lm, [*before, token], config)
                 logit = gate_logit(gate, state)
             else:
                 log_prob, gap = log_probs[rank], log_probs[0] - log_probs[rank]
                 position = min(len(before), 1024)
                 scalars = [max(log_prob, -20.0) / 4, gap / 4, rank / 16, len(token_ids) / 16, position / 128]
-                _, hidden = run_lm(lm, before)
-                state = [hidden[-1], hidden.mean(0)] if config.pooled_features else [hidden[-1]]
+                state = read_states(lm, before, config)
                 logit = gate_logit(gate, [*state, embeddings[token]], scalars)
             if script is None:
                 accept = logit >= threshold

@@ -47,11 +47,17 @@ class ProxyConfig:
             "token. `candidate`: hidden state at the candidate (the paper's), one LM forward per proposal."
         },
     )
+    feature_layers: list[int] = field(
+        default_factory=lambda: [-1],
+        metadata={
+            "help": "Which of the LM's hidden states the gate reads, as transformers counts them: 0 the embeddings, k "
+            "the output of layer k, -1 the last one, which is made to predict the next token."
+        },
+    )
     pooled_features: bool = field(
         default=False,
         metadata={
-            "help": "With prefix features, the gate also reads the mean of the hidden states so far: what the whole "
-            "conversation is about."
+            "help": "The gate also reads the mean of the hidden states so far: what the whole conversation is about."
         },
     )
     gate_hidden_sizes: list[int] = field(
@@ -84,8 +90,8 @@ class ProxyConfig:
             raise ValueError(f"`initial_accept_bias` must be at least 0, got {self.initial_accept_bias}.")
         if not self.gate_hidden_sizes or min(self.gate_hidden_sizes) < 1:
             raise ValueError(f"`gate_hidden_sizes` must be positive integers, got {self.gate_hidden_sizes}.")
-        if self.pooled_features and self.features != "prefix":
-            raise ValueError(f"`pooled_features` needs features='prefix', got {self.features!r}.")
+        if not self.feature_layers or len(set(self.feature_layers)) < len(self.feature_layers):
+            raise ValueError(f"`feature_layers` must be one or more layers, none twice, got {self.feature_layers}.")
         for name, allowed in (
             ("p_t_mode", ("relative", "absolute")),
             ("proposal", ("ranked", "sampled")),

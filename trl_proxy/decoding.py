@@ -6,7 +6,8 @@ transformers' own `generate`. With candidate features a proposal has to be fed t
 `custom_generate`. This file knows token ids, a model and a gate; nothing of rewards or training.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
@@ -53,31 +54,74 @@ def record_body(lm: nn.Module):
         hook.remove()
 
 
-class HiddenTap:
-    """Context manager that sees the last hidden state on its way into the LM's head.
+def layer_index(lm: nn.Module, layer: int) -> int:
+    """Which of transformers' `hidden_states` a layer is, from 0 to the number of layers; `ValueError` where none."""
+    n = lm.config.get_text_config().num_hidden_layers
+    if not -n - 1 <= layer <= n:
+        raise ValueError(f"`feature_layers` has {layer}, {type(lm).__name__} has {n} layers: take -{n + 1} to {n}.")
+    return layer % (n + 1)
 
-    `hidden` is `(batch, positions, hidden_size)` of the last forward. Where `select` is set, it is called with that
-    tensor and returns what the head shall run on instead: the head is a fifth of a small LM's work.
+
+class HiddenTap:
+    """Context manager that sees hidden states of the LM in every forward.
+
+    Args:
+        layers: which ones, see `ProxyConfig.feature_layers`.
+        select: called with the states `(batch, positions, hidden_size)` on their way into the head, when `hidden`
+            has been seen; returns what the head runs on instead: the head is a fifth of a small LM's work.
     """
 
-    def __init__(self, lm: nn.Module, select: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def __init__(
+        self,
+        lm: nn.Module,
+        layers: Sequence[int] = (-1,),
+        select: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         self.lm, self.select = lm, select
-        self.hidden: Any = None
+        self.layers = [layer_index(lm, layer) for layer in layers]
+        self.seen: dict[int, torch.Tensor] = {}
+        self.hooks: list[Any] = []
 
     def __enter__(self) -> Self:
-        self._hook = self.lm.get_output_embeddings().register_forward_pre_hook(self._tap)
+        body, count = body_of(self.lm), self.lm.config.get_text_config().num_hidden_layers
+        blocks = next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+        for layer in self.layers:
+            if layer == count:
+                self.hooks.append(body.register_forward_hook(functools.partial(self._see_last, layer)))
+            elif blocks is None:
+                raise ValueError(f"{type(self.lm).__name__} has no list of layers: leave `feature_layers` at [-1].")
+            else:  # what the next layer gets is the output of this one
+                hook = functools.partial(self._see, layer)
+                self.hooks.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
+        self.hooks.append(self.lm.get_output_embeddings().register_forward_pre_hook(self._to_head))
         return self
 
     def __exit__(self, *exc) -> None:
-        self._hook.remove()
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """States of all positions of the last forward, layer beside layer: `(batch, positions, d)`."""
+        return self._side_by_side(slice(None))
 
     @property
     def state(self) -> torch.Tensor:
         """What the gate reads of the last position, `(batch, state_size)` in the LM's dtype."""
-        return self.hidden[:, -1]
+        return self._side_by_side(-1)
 
-    def _tap(self, _module, args):
-        self.hidden = args[0]
+    def _side_by_side(self, positions) -> torch.Tensor:
+        states = [self.seen[layer][:, positions] for layer in self.layers]
+        return torch.cat([x.to(states[-1].device) for x in states], dim=-1) if len(states) > 1 else states[0]
+
+    def _see(self, layer: int, _module, args, kwargs) -> None:
+        self.seen[layer] = args[0] if args else kwargs["hidden_states"]
+
+    def _see_last(self, layer: int, _module, _args, output) -> None:
+        self.seen[layer] = output.last_hidden_state
+
+    def _to_head(self, _module, args):
         hidden = args[0] if self.select is None else self.select(args[0])
         # A strided view, as the last position of a prompt is, makes torch expand the head's weights over the batch.
         return (hidden.contiguous(), *args[1:])
@@ -146,39 +190,36 @@ def prefill(lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 
 
 class PooledTap(HiddenTap):
-    """The same, and the mean of the last hidden states over all positions that the LM has read, padding left out.
+    """The same, and the mean of those states over all positions that the LM has read, padding left out.
 
     Args:
         attention_mask: `(batch, prompt length)`. What comes after its width is no padding. The LM may read each
             distinct prompt once before the rows of the batch go on from it.
     """
 
-    def __init__(self, lm: nn.Module, attention_mask: torch.Tensor):
-        super().__init__(lm)
-        self.mask, self.seen = attention_mask, 0
+    def __init__(self, lm: nn.Module, layers: Sequence[int], attention_mask: torch.Tensor):
+        super().__init__(lm, layers)
+        self.mask, self.length = attention_mask, 0
         self.total = self.count = torch.zeros(1, 1, device=attention_mask.device)
 
     def __enter__(self) -> Self:
-        # The head gets the last position alone; the body's output has them all.
-        self._body_hook = body_of(self.lm).register_forward_hook(self._pool)
-        return super().__enter__()
+        super().__enter__()
+        self.hooks.append(body_of(self.lm).register_forward_hook(self._pool))
+        return self
 
-    def __exit__(self, *exc) -> None:
-        self._body_hook.remove()
-        super().__exit__(*exc)
-
-    def _pool(self, _module, _args, output) -> None:
-        hidden = output.last_hidden_state.float()
-        mask = self.mask[:: len(self.mask) // len(hidden), self.seen : self.seen + hidden.shape[1]].to(hidden)
+    def _pool(self, _module, _args, _output) -> None:
+        hidden = self.hidden.float()
+        mask = self.mask[:: len(self.mask) // len(hidden), self.length : self.length + hidden.shape[1]].to(hidden)
         mask = nn.functional.pad(mask, (0, hidden.shape[1] - mask.shape[1]), value=1.0)
         repeats = len(hidden) // len(self.total)
         self.total = self.total.repeat_interleave(repeats, dim=0) + (hidden * mask[..., None]).sum(1)
         self.count = self.count.repeat_interleave(repeats, dim=0) + mask.sum(1, keepdim=True)
-        self.seen += hidden.shape[1]
+        self.length += hidden.shape[1]
 
     @property
     def state(self) -> torch.Tensor:
-        return torch.cat([super().state, (self.total / self.count.clamp(min=1)).to(self.hidden.dtype)], dim=-1)
+        state = super().state
+        return torch.cat([state, (self.total / self.count.clamp(min=1)).to(state.dtype)], dim=-1)
 
 
 class PrefixGate(LogitsProcessor):
@@ -329,21 +370,27 @@ class _CandidateLoop:
         self.sequences[:, : self.prompt_width] = input_ids
         self.tokens, self.rejections, self.forced, self.forwards = input_ids.new_zeros(4, self.batch)
         self.token_log_probs = torch.zeros(self.batch, device=self.device)
-        self.events: list[Event] = []
 
     def prefill(self, input_ids, attention_mask, repeats: int, keep_logits: dict) -> None:
         """Reads the prompts, each distinct one once, and forms the first candidates."""
         slots = self.capacity + self.config.max_candidates - 1  # room for all candidates of the last position
         self.cache = RowCache(self.lm.config.get_text_config().num_hidden_layers, self.prompt_width, slots)
-        output = self.lm(
-            input_ids=input_ids[::repeats],
-            attention_mask=attention_mask[::repeats],
-            position_ids=(attention_mask[::repeats].cumsum(-1) - 1).clamp(min=0),
-            past_key_values=self.cache,
-            use_cache=True,
-            **keep_logits,
-        )
+        with HiddenTap(self.lm, self.config.feature_layers) as tap:
+            output = self.lm(
+                input_ids=input_ids[::repeats],
+                attention_mask=attention_mask[::repeats],
+                position_ids=(attention_mask[::repeats].cumsum(-1) - 1).clamp(min=0),
+                past_key_values=self.cache,
+                use_cache=True,
+                **keep_logits,
+            )
         rows = torch.arange(self.batch, device=self.device)
+        if self.config.pooled_features:
+            total = (tap.hidden.float() * attention_mask[::repeats, :, None]).sum(1)
+            self.total = total.repeat_interleave(repeats, dim=0)
+        # An event of no rows, so that a batch without any decision has a record of the right shapes.
+        none, state = input_ids.new_zeros(0), tap.state[:0].repeat(1, 2 if self.config.pooled_features else 1)
+        self.events = [Event(none, state, none, none, none.bool(), none.float())]
         logits = output.logits[:, -1]
         if repeats > 1:
             self.cache.select_rows(rows // repeats)
@@ -379,14 +426,14 @@ class _CandidateLoop:
             """Decides, between the LM's body and its head; the head runs where new candidates are needed."""
             if asked.any():
                 rows_asked = active.rows[:, None].expand_as(asked)[asked]
-                accept[asked] = decide(judge(hidden[asked], rows_asked), threshold, sample)
+                accept[asked] = decide(judge(self._state(tap.hidden)[asked], rows_asked), threshold, sample)
             first = accept.long().argmax(-1)
             return hidden[rows, first][accept[rows, first] & ~self._is_final(tokens[rows, first])]
 
         slots = self.prompt_width + active.length
         visible = active.visible.scatter(1, slots[:, None], 1)
         width = self.cache.at(slots, n)
-        with HiddenTap(self.lm, select) as tap:
+        with HiddenTap(self.lm, self.config.feature_layers, select) as tap:
             output = self.lm(
                 input_ids=tokens,
                 attention_mask=visible[:, :width] if n == 1 else self._tree_mask(active.visible[:, :width]),
@@ -405,9 +452,11 @@ class _CandidateLoop:
             log_probs = active.log_probs.gather(1, (ranks + to_last).clamp(max=active.log_probs.shape[1] - 1))
             log_probs = torch.where(accept | to_last, log_probs, 0.0)
             places = (x[:, None].expand_as(ranks) for x in (active.rows, active.length))
-            event = (tap.hidden, *places, tokens, accept, log_probs)
+            event = (self._state(tap.hidden), *places, tokens, accept, log_probs)
             hidden, row, length, *rest = (x[decided] for x in event)
             self.events.append(Event(row, hidden, length, *rest))
+        if self.config.pooled_features:
+            self.total[active.rows[taken]] += tap.hidden[rows, first][taken].float()
 
         self.active = active = active._replace(rank=active.rank + first, visible=visible)
         moved = (taken & (first > 0)).nonzero()[:, 0]
@@ -428,6 +477,15 @@ class _CandidateLoop:
         self.active = active
         if ended.any():
             self._keep((~ended).nonzero()[:, 0])
+
+    def _state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the gate reads of the candidates just fed, `(A, n, state_size)`: their states, each with the mean of
+        what was accepted before it and its own where that is asked for."""
+        if not self.config.pooled_features:
+            return hidden
+        total = self.total[self.active.rows, None] + hidden.float()
+        count = self.active.prompt_lengths + self.active.length + 1
+        return torch.cat([hidden, (total / count[:, None, None]).to(hidden.dtype)], dim=-1)
 
     def _is_final(self, token: torch.Tensor) -> torch.Tensor:
         """`(A,)` bool: whether accepting this token ends the row."""
@@ -553,12 +611,7 @@ def candidate_decode(
     options = (generation_config, config, streamer, tree)
     loop = _CandidateLoop(lm, input_ids, logits_processor, stopping_criteria, *options)
     keep_logits = {"logits_to_keep": 1} if "logits_to_keep" in model_kwargs else {}
-    with HiddenTap(lm) as tap:
-        loop.prefill(input_ids, attention_mask, repeats, keep_logits)
-    if output_rollout:
-        none = input_ids.new_zeros(0)
-        # An empty event, so that a batch without any decision has a record of the right shapes.
-        loop.events.append(Event(none, tap.hidden[:0, -1], none, none, none.bool(), none.float()))
+    loop.prefill(input_ids, attention_mask, repeats, keep_logits)
     while len(loop.active.rows):
         loop.offer(judge, threshold, sample, keep_hidden=output_rollout)
     if streamer is not None:

@@ -139,7 +139,10 @@ class GatedGeneration:
         if config.pooled_features and cache is not None and cache.get_seq_length():
             raise ValueError("Pooled features need the whole prompt: pass no filled `past_key_values`.")
         stops = StopRecorder(criteria)
-        with PooledTap(self.lm, attention_mask) if config.pooled_features else HiddenTap(self.lm) as tap:
+        layers = config.feature_layers
+        with (
+            PooledTap(self.lm, layers, attention_mask) if config.pooled_features else HiddenTap(self.lm, layers) as tap
+        ):
             chosen = cache is not None or setting("use_cache") is False or setting("cache_implementation") is not None
             if not chosen:
                 cache = prefill(self.lm, *prompts) if repeats > 1 else growing_cache(self.lm)

@@ -7,7 +7,7 @@ With prefix features the gated LM is an ordinary LM: `forward` returns the logit
 import dataclasses
 import os
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from .candidates import Candidates, candidate_scalars
 from .card import proxy_card
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, propose_for, record_body
+from .decoding import HiddenTap, layer_index, propose_for
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy, sha256_of
@@ -108,6 +108,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                     f"The proxy was made for an LM with {key}={getattr(config, key)}, this one has {size}: "
                     "load it with the LM that it was trained on."
                 )
+        for layer in config.feature_layers:
+            layer_index(self.lm, layer)
         base = config.base_model_name_or_path or self.lm.config._name_or_path or None
         # A copy: the caller may make proxies over other LMs with the same configuration.
         sha256 = lm_sha256(self.lm) or config.base_model_sha256
@@ -270,8 +272,8 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         """What [`gate`] and [`critic`] read.
 
         Args:
-            hidden: `(N, state_size)`: before the candidate (prefix features; with pooled features the mean of the
-                states so far behind it) or at it (candidate features).
+            hidden: `(N, state_size)`: before the candidate (prefix features) or at it (candidate features), layer
+                beside layer; with pooled features the means of the states so far behind them.
             token_ids: `(N,)` int64, the candidates; prefix features only.
             scalars: `(N, NUM_SCALARS)`, see `candidates.candidate_scalars`; prefix features only.
 
@@ -345,9 +347,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                 "train one with features='prefix'."
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        pooled_features = self.proxy_config.pooled_features
-        pooling: Any = record_body(self.lm) if pooled_features else nullcontext()
-        with HiddenTap(self.lm) as tap, pooling as body:
+        with HiddenTap(self.lm, self.proxy_config.feature_layers) as tap:
             output = self.lm(**inputs)
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if position_ids is None:
@@ -360,9 +360,10 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         positions = (position_ids[:, keep] + 1).expand(output.logits.shape[:2]).flatten()
         candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
         hidden = tap.hidden
-        if pooled_features:
-            pooled = self._pool_so_far(body[0], attention_mask, past, past_key_values, output)
-            hidden = torch.cat([hidden, pooled[:, keep].to(hidden.dtype)], dim=-1)
+        if self.proxy_config.pooled_features:
+            pooled = self._pool_so_far(hidden, attention_mask, past, past_key_values, output)
+            hidden = torch.cat([hidden, pooled.to(hidden.dtype)], dim=-1)
+        hidden = hidden[:, keep]
         accept_logits = self._judge(self.proxy, hidden.flatten(0, 1), candidates, positions)
         log_probs = gated_log_probs(accept_logits - self.proxy_config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)

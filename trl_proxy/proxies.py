@@ -34,11 +34,11 @@ class Proxy(nn.Module):
     def __init__(self, config: ProxyConfig):
         super().__init__()
         self.config = config
-        prefix = config.features == "prefix"
-        sizes: list[Any] = [config.hidden_size, config.embedding_size] if prefix else [config.hidden_size]
-        if config.pooled_features:
-            sizes.insert(1, config.hidden_size)
-        scalars = NUM_SCALARS if prefix else 0
+        # As `decoding.HiddenTap` and `PooledTap` put them together: each layer's state, then each layer's mean state.
+        sizes: list[Any] = [config.hidden_size] * len(config.feature_layers) * (2 if config.pooled_features else 1)
+        scalars = 0
+        if config.features == "prefix":
+            sizes, scalars = [*sizes, config.embedding_size], NUM_SCALARS
         self.gate = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, config.initial_accept_bias)
         self.critic = ProxyMLP(sizes, scalars, config.gate_hidden_sizes, 0.0)
 

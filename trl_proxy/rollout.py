@@ -36,8 +36,8 @@ class Rollout(NamedTuple):
     Shapes: B rows, D decisions at most per row, H cached hidden states per row.
 
     Attributes:
-        hidden: `(B, H, state_size)` in the LM's dtype; state_size is the LM's hidden size, twice that with pooled
-            features.
+        hidden: `(B, H, state_size)` in the LM's dtype; state_size is the LM's hidden size, times the number
+            of layers that the gate reads, twice that with pooled features.
         hidden_index: `(B, D)` int64, which of the H a decision read.
         positions: `(B, D)` int64, which token of the response a decision was about, from 0.
         token_ids: `(B, D)` int64, the candidate that was judged.

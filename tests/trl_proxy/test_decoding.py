@@ -380,6 +380,7 @@ def cases(draw):
         threshold=draw(st.sampled_from([-1.0, 0.0, 0.7])),
         repetition_penalty=draw(st.sampled_from([None, 1.5])),
         pooled=draw(st.booleans()),
+        layers=draw(st.sampled_from([[-1], [1], [0, -1], [-2, 0]])),
         tree=draw(st.booleans()),
     )
 
@@ -396,7 +397,8 @@ def test_fast_equals_brute_force(tiny_lm, ragged_batch, with_random_gate, brute_
         max_candidates=case.max_candidates,
         temperature=case.temperature,
         threshold=case.threshold,
-        pooled_features=case.pooled and features == "prefix",
+        feature_layers=case.layers,
+        pooled_features=case.pooled,
         gate_hidden_sizes=[32],
     )
     prompts = ragged_batch(case.lengths, case.seed)
@@ -434,7 +436,8 @@ def test_sampled_decisions_are_recorded_as_taken(tiny_lm, ragged_batch, with_ran
         p_t=case.p_t,
         p_t_mode=case.p_t_mode,
         max_candidates=case.max_candidates,
-        pooled_features=case.pooled and features == "prefix",
+        feature_layers=case.layers,
+        pooled_features=case.pooled,
         gate_hidden_sizes=[32],
     )
     prompts = ragged_batch(case.lengths, case.seed)

@@ -658,8 +658,6 @@ def test_pooled_features_need_the_whole_text(gated, ragged_batch):
         model(ids[:, -1:], past_key_values=cache)
     with pytest.raises(ValueError, match="pass no filled `past_key_values`"):
         model.generate(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, max_new_tokens=2)
-    with pytest.raises(ValueError, match="`pooled_features` needs features='prefix', got 'candidate'"):
-        ProxyConfig(features="candidate", pooled_features=True)
 
 
 def test_pooled_features_with_several_sequences_per_prompt(gated, ragged_batch):
