@@ -25,11 +25,12 @@ TEMPLATE = Path(__file__).parent / "page_template"
 REWARD_NOTE = "a 22M encoder, see trl_proxy/data/reward/README.md"
 # What decides a training, of the two hundred settings in run.json; the page has the others folded away.
 HYPERPARAMETERS = (
-    *("p_t", "p_t_mode", "max_candidates", "temperature", "proposal", "features", "pooled_features"),
-    *("gate_hidden_sizes", "threshold", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_generations"),
-    *("num_iterations", "max_completion_length", "gamma", "gae_lambda", "epsilon", "cliprange_value", "vf_coef"),
-    *("entropy_coef", "beta", "max_grad_norm", "weight_decay", "lora_r", "lora_alpha", "dtype", "seed"),
+    *("p_t", "p_t_mode", "max_candidates", "temperature", "proposal", "features", "feature_layers"),
+    *("pooled_features", "gate_hidden_sizes", "threshold", "learning_rate", "lr_scheduler_type"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("steps_per_generation", "num_generations", "num_iterations", "replay_rollouts", "max_completion_length"),
+    *("gamma", "gae_lambda", "epsilon", "cliprange_value", "vf_coef", "entropy_coef", "beta", "lm_logp_coef"),
+    *("reward_shaping_tokens", "max_grad_norm", "weight_decay", "lora_r", "lora_alpha", "dtype", "seed"),
 )
 COLUMNS = {
     "method": "How the response was made; in brackets what differs between variants. sft is the LM itself, greedy.",

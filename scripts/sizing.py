@@ -72,6 +72,7 @@ class SizingArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "nf4, as --load_in_4bit of the training scripts."})
     dtype: str = field(default="bfloat16", metadata={"help": "Of what is not in 4 bit; `auto` is bfloat16."})
     features: str = field(default="prefix", metadata={"help": "`prefix` or `candidate`."})
+    feature_layers: list[int] = field(default_factory=lambda: [-1], metadata={"help": "Layers that the gate reads."})
     pooled_features: bool = field(default=False, metadata={"help": "The gate reads the mean of the states, too."})
     max_candidates: int = field(default=16, metadata={"help": "Most candidates offered at one position."})
     gate_hidden_sizes: list[int] = field(default_factory=lambda: [256], metadata={"help": "Hidden layers."})
@@ -109,6 +110,7 @@ class SizingArguments:
         # Checks features, candidates and sizes.
         ProxyConfig(
             features=self.features,
+            feature_layers=self.feature_layers,
             pooled_features=self.pooled_features,
             max_candidates=self.max_candidates,
             gate_hidden_sizes=self.gate_hidden_sizes,
@@ -208,7 +210,7 @@ def gate_slots(args: SizingArguments) -> int:
 
 def state_size(shape: Shape, args: SizingArguments) -> int:
     """Of the hidden states that a decision reads."""
-    return shape.hidden_size * (2 if args.pooled_features else 1)
+    return shape.hidden_size * len(args.feature_layers) * (2 if args.pooled_features else 1)
 
 
 def feature_size(shape: Shape, args: SizingArguments) -> int:

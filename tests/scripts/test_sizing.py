@@ -136,14 +136,17 @@ def test_candidate_features_have_room_for_all_candidates(script, monkeypatch):
     assert capacities == [script.gate_slots(settings(script, features="candidate"))]
 
 
-@pytest.mark.parametrize(("features", "pooled"), [("prefix", False), ("prefix", True), ("candidate", False)])
-def test_the_record_is_as_large_as_the_rollout(script, with_random_gate, features, pooled):
-    config = ProxyConfig(features=features, pooled_features=pooled, gate_hidden_sizes=[64], max_candidates=4, p_t=1e-3)
+@pytest.mark.parametrize("layers", [[-1], [0, 1]])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("features", ["prefix", "candidate"])
+def test_the_record_is_as_large_as_the_rollout(script, with_random_gate, features, pooled, layers):
+    read = {"features": features, "feature_layers": layers, "pooled_features": pooled}
+    config = ProxyConfig(**read, gate_hidden_sizes=[64], max_candidates=4, p_t=1e-3)
     model = with_random_gate(small_lm(), config)
     ids = torch.randint(4, 96, (6, PROMPT))
     rollout = model.generate(ids, max_new_tokens=NEW, eos_token_id=None, output_rollout=True).rollout
     padded = rollout.mask.shape[1] / NEW
-    args = settings(script, features=features, pooled_features=pooled, decisions_per_token=padded)
+    args = settings(script, **read, decisions_per_token=padded)
     shape = script.Shape.of(model.lm.config)
     assert script.rollout_bytes(shape, args, 6) == nbytes(rollout) - nbytes([rollout.token_log_probs])
     assert script.proxy_parameters(shape, args) == model.get_nb_trainable_parameters()[0]
