@@ -22,6 +22,7 @@ from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 from baselines.best_of_n import BestOfNPolicy
 from baselines.reward_model import load_callable_reward
 from baselines.training import LoraModelConfig
+from trl_proxy.checkpoints import AtomicCheckpoints
 from trl_proxy.defaults import load_prompts
 from trl_proxy.files import write_text
 from trl_proxy.rewards import check_rewards, to_text
@@ -53,6 +54,10 @@ class DPOArguments(RunArguments):
 CONFIGS = (DPOArguments, DPOConfig, LoraModelConfig)
 
 
+class AtomicDPOTrainer(AtomicCheckpoints, DPOTrainer):
+    """[`~trl.DPOTrainer`] with checkpoints in one step."""
+
+
 def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraModelConfig) -> DPOTrainer:
     """Makes or reads the pairs, then trains; the time for the pairs counts as training.
 
@@ -67,7 +72,7 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     else:
         pairs, seconds = cached_pairs(lm, tokenizer, run_args, training_args)
     set_seed(training_args.seed)  # the adapter's first weights are the same whether pairs were sampled just now or not
-    trainer = DPOTrainer(
+    trainer = AtomicDPOTrainer(
         model=lm,
         args=training_args,
         train_dataset=pairs,

@@ -4,11 +4,16 @@ by TRL."""
 from trl import RLOOConfig, RLOOTrainer
 
 from baselines.training import LoraModelConfig, train_on_reward
+from trl_proxy.checkpoints import AtomicCheckpoints
 from trl_proxy.runs import RunArguments
 
 CONFIGS = (RunArguments, RLOOConfig, LoraModelConfig)
 
 
+class AtomicRLOOTrainer(AtomicCheckpoints, RLOOTrainer):
+    """[`~trl.RLOOTrainer`] with checkpoints in one step."""
+
+
 def train(run_args: RunArguments, training_args: RLOOConfig, model_args: LoraModelConfig) -> RLOOTrainer:
     """See [`train_on_reward`]."""
-    return train_on_reward("rloo", RLOOTrainer, run_args, training_args, model_args)
+    return train_on_reward("rloo", AtomicRLOOTrainer, run_args, training_args, model_args)

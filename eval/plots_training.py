@@ -12,7 +12,7 @@ from eval import drawing
 from eval.harness import read_records
 from eval.report import find_sft, group_records
 from trl_proxy.config import CONFIG_NAME
-from trl_proxy.runs import RUN_FILE
+from trl_proxy.runs import RESULTS_FILE, RUN_FILE
 
 # a trainer_state.json, and the episodes that one optimizer step stands for
 TrainingLog = tuple[str | os.PathLike, float]
@@ -37,7 +37,7 @@ def training_log(folder: str | os.PathLike) -> TrainingLog:
     Raises:
         ValueError: if the run is not finished, or a file of it is damaged.
     """
-    results = read_json(Path(folder, "train_results.json"))
+    results = read_json(Path(folder, RESULTS_FILE))
     return Path(folder, "trainer_state.json"), results["episodes"] / results["steps"]
 
 

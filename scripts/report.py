@@ -26,7 +26,7 @@ from eval.plots_training import (
 )
 from trl_proxy.config import CONFIG_NAME
 from trl_proxy.files import write_text
-from trl_proxy.runs import RUN_FILE, run_script
+from trl_proxy.runs import RESULTS_FILE, RUN_FILE, run_script
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> Path:
     curves = {
         name: training_log(folder)
         for name, folder in folders.items()
-        if runs[name].get("method") != "dpo" and (folder / "train_results.json").is_file()
+        if runs[name].get("method") != "dpo" and (folder / RESULTS_FILE).is_file()
     }  # of finished runs; DPO sees no reward while it trains
     if args.gold and not curves:
         raise ValueError(f"--gold {args.gold} needs a finished training: name its folder with --trained.")

@@ -181,14 +181,22 @@ def with_random_gate():
 
 
 @pytest.fixture
-def readme_example(tmp_path, tiny_lm, tiny_tokenizer) -> str:
-    """The README's Python on a tiny LM, which is saved to `tmp_path / "lm"`, and on a CPU."""
-    tiny_lm("llama").save_pretrained(tmp_path / "lm")
-    tiny_tokenizer.save_pretrained(tmp_path / "lm")
-    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
-    code = code.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "lm")))
-    # On a machine without a GPU, as every TRL trainer.
-    return code.replace('output_dir="short-proxy"', 'output_dir="short-proxy", use_cpu=True, bf16=False, report_to=[]')
+def python_of(tmp_path, tiny_lm, tiny_tokenizer):
+    """`python_of(page)`: the Python blocks of a page as they would be typed one after the other, with a tiny LM, which
+    is saved to `tmp_path / "lm"`, in place of the hub's, and on a CPU, for which TRL's trainers have to be told."""
+
+    def read(page: str) -> str:
+        tiny_lm("llama").save_pretrained(tmp_path / "lm")
+        tiny_tokenizer.save_pretrained(tmp_path / "lm")
+        text = (Path(__file__).parents[1] / page).read_text()
+        code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+        assert '"Qwen/Qwen2.5-0.5B-Instruct"' in code
+        code = code.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "lm")))
+        return code.replace(
+            "ProxyPPOConfig(output_dir", "ProxyPPOConfig(use_cpu=True, bf16=False, report_to=[], output_dir"
+        )
+
+    return read
 
 
 def _load(path: Path):

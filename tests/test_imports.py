@@ -10,7 +10,7 @@ PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 # From left to right. Files of one entry stand beside each other and do not import one another.
 ORDER = [
     ("files",),
-    ("config", "candidates", "gate", "advantages", "losses", "rewards"),
+    ("config", "candidates", "gate", "advantages", "losses", "rewards", "checkpoints"),
     ("rollout", "actor_critic", "defaults", "proxies", "card"),
     ("decoding",),
     ("generation",),

@@ -82,7 +82,7 @@ def test_the_changelog_has_this_version():
     assert f"## [{trl_proxy.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_wheel_works_without_the_checkout(built, readme_example, tmp_path):
+def test_the_wheel_works_without_the_checkout(built, python_of, tmp_path):
     """In an environment of its own that sees this one's packages, but not the editable install: it trains the README's
     proxy, and `python -m trl_proxy` answers."""
     venv.create(tmp_path / "venv", symlinks=True)
@@ -95,7 +95,7 @@ def test_the_wheel_works_without_the_checkout(built, readme_example, tmp_path):
     elsewhere.mkdir()
     script = elsewhere / "example.py"
     script.write_text(
-        f"{readme_example}\nimport runpy, trl_proxy\nfrom trl_proxy.defaults import load_prompts\n"
+        f"{python_of('README.md')}\nimport runpy, trl_proxy\nfrom trl_proxy.defaults import load_prompts\n"
         'print("at", trl_proxy.__file__)\nprint(len(load_prompts()), "prompts")\n'
         'runpy.run_module("trl_proxy", run_name="__main__")\n'
     )

@@ -38,18 +38,9 @@ def is_command(span: str) -> bool:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_the_python_runs(page, tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
-    """All blocks of a page, one after the other as they would be typed, with a tiny LM in place of the hub's and on a
-    CPU, for which TRL's trainers have to be told."""
-    tiny_lm("llama").save_pretrained(tmp_path / "lm")
-    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+def test_the_python_runs(page, python_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks(page, "python"))
-    assert '"Qwen/Qwen2.5-0.5B-Instruct"' in code
-    code = code.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "lm")))
-    code = code.replace(
-        "ProxyPPOConfig(output_dir", "ProxyPPOConfig(use_cpu=True, bf16=False, report_to=[], output_dir"
-    )
+    code = python_of(page)
     exec(compile(code, page, "exec"), {"__name__": "page"})
     if "save_pretrained" in code:
         assert (tmp_path / "short-proxy" / "proxy_model.safetensors").is_file()

@@ -6,8 +6,6 @@ tokens), and the loss is PPO's. The subclasses say what a step is.
 """
 
 import asyncio
-import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,15 +15,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 from trl import RLOOTrainer, is_conversational
 from trl.trainer.utils import RepeatSampler, is_async_callable
 
 from .advantages import gae, step_rewards
+from .checkpoints import AtomicCheckpoints
 from .config import PPOConfig
-from .files import WriteError, write_checksums, writing
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
 from .rewards import as_list, check_rewards
 
@@ -152,22 +147,7 @@ class _EpochSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
-class _SaveBetweenRollouts(TrainerCallback):
-    """Puts checkpoints off to the end of a rollout's updates: a rollout is not saved, so a run that resumed in the
-    middle of one would differ from the uninterrupted run."""
-
-    def __init__(self, cycle: int):
-        self.cycle, self.pending = cycle, False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.pending |= control.should_save
-        at_boundary = state.global_step % self.cycle == 0 or state.global_step >= state.max_steps
-        control.should_save = self.pending and at_boundary
-        self.pending &= not at_boundary
-        return control
-
-
-class ActorCriticTrainer(RLOOTrainer):
+class ActorCriticTrainer(AtomicCheckpoints, RLOOTrainer):
     """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`."""
 
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset=None, eval_dataset=None, **kwargs):
@@ -199,10 +179,7 @@ class ActorCriticTrainer(RLOOTrainer):
         for dataset in (train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
                 check_chat_template(dataset["prompt"][0], self._tokenizer)
-        self._staging = False
         self._watch: _LogitsWatch | None = None
-        cycle = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
-        self.add_callback(_SaveBetweenRollouts(max(cycle, 1)))
 
     # What subclasses provide
 
@@ -372,53 +349,12 @@ class ActorCriticTrainer(RLOOTrainer):
             metrics[name].append(value)
         return policy_loss + self.args.vf_coef * value_loss - self.args.entropy_coef * entropy
 
-    # Data order and checkpoints
+    # Data order
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
         sampler.__class__ = _EpochSampler
         return sampler
-
-    def _get_output_dir(self, trial):
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, ".partial") if self._staging else run_dir
-
-    def _save_checkpoint(self, model, trial):
-        """Under a temporary name, then renamed: a run that is killed here, or finds the disk full, leaves its last
-        checkpoint whole. Raises [`WriteError`]."""
-        run_dir = self._get_output_dir(trial)
-        name = f"checkpoint-{self.state.global_step}"
-        final, partial = os.path.join(run_dir, name), os.path.join(run_dir, ".partial")
-        staged = os.path.join(partial, name)
-        try:
-            with writing(final):
-                self._staging = True
-                try:
-                    super()._save_checkpoint(model, trial)
-                finally:
-                    self._staging = False
-                if self.state.best_global_step:
-                    # Transformers has looked for it where this checkpoint stands for now.
-                    best = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
-                    self.state.best_model_checkpoint = best
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-                    write_checksums(staged)
-                    shutil.rmtree(final, ignore_errors=True)
-                    os.replace(staged, final)
-        except WriteError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
 
 
 def check_chat_template(prompt: str | list[dict], tokenizer) -> None:

@@ -234,6 +234,13 @@ class ProxyPPOConfig(PPOConfig):
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Responses decoded at once on each device; all of a rollout's if not set."}
     )
+    offload_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the hidden states of rollouts, their largest part, in the host's memory; the device gets "
+            "those of a minibatch for its update."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()

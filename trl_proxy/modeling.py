@@ -290,7 +290,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
     def rollout_features(self, rollout: Rollout) -> torch.Tensor:
         """Features `(N, feature_size)` of a rollout's N decisions (where its mask is True, row by row)."""
         rows, _ = rollout.mask.nonzero(as_tuple=True)
-        hidden = rollout.hidden[rows, rollout.hidden_index[rollout.mask]]
+        hidden = rollout.hidden.to(rows.device)[rows, rollout.hidden_index[rollout.mask]]
         return self.gate_features(hidden, rollout.token_ids[rollout.mask], rollout.scalars[rollout.mask])
 
     def _judge(self, proxy, hidden: torch.Tensor, candidates: Candidates, positions: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from .modeling import ProxyModelForCausalLM
 from .proxies import WeightedProxy
 from .rollout import Decisions, Rollout
 
-# Decisions whose features are made and judged at once outside the update.
+# Decisions whose features are made and judged at once outside the update, about.
 _CHUNK = 8192
 # Beside the rollout itself.
 _READ_BY_LOSS = ("action_mask", "action_log_probs", "advantages_per_step", "state_values", "returns")
@@ -114,10 +114,15 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             lengths = output.decisions.tokens.tolist()
             completions += [row[:n] for row, n in zip(responses.tolist(), lengths, strict=True)]
             decisions.append(output.decisions)
-            rollouts.append(output.rollout)
+            rollout = output.rollout
+            rollouts.append(rollout._replace(hidden=self._stored(rollout.hidden)))
         self._rollout = _concatenate(rollouts)
         self._log_rollout(Decisions(*map(torch.cat, zip(*decisions))), time.perf_counter() - started)
         return completions
+
+    def _stored(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states of a rollout where they are kept until an update reads them."""
+        return hidden.cpu() if self.args.offload_rollouts else hidden.to(self.accelerator.device)
 
     def _log_rollout(self, decisions: Decisions, seconds: float) -> None:
         rollout = self._rollout
@@ -153,11 +158,12 @@ class ProxyPPOTrainer(ActorCriticTrainer):
     def _collect(self, output):
         rollout, self._rollout = self._rollout, None
         model = self.accelerator.unwrap_model(self.model_wrapped)
+        size = max(_CHUNK // rollout.mask.shape[1], 1)
+        chunks = [Rollout(*(x[i : i + size] for x in rollout)) for i in range(0, len(rollout.mask), size)]
         with torch.no_grad():
-            features = model.rollout_features(rollout)
             if self.model.training and model.gate.is_new:
-                self._standardise(model, features)
-            judged = [model(gate_features=features[i : i + _CHUNK]) for i in range(0, max(len(features), 1), _CHUNK)]
+                self._standardise(model, chunks)
+            judged = [model(gate_features=model.rollout_features(chunk)) for chunk in chunks]
         logits = torch.cat([x.accept_logits for x in judged]) - model.proxy_config.threshold
         log_probs, _ = _bernoulli(logits, rollout.accept[rollout.mask])
         # KL(gated LM || LM) per token along the paths taken: log pi(token) - log p(token).
@@ -207,16 +213,19 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             rollouts: dict[int, dict[str, torch.Tensor]] = {}
             for key, x in load_file(path).items():
                 i, name = key.split(".", 1)
-                rollouts.setdefault(int(i), {})[name] = x.to(self.accelerator.device)
+                is_hidden = name == "rollout_hidden"
+                rollouts.setdefault(int(i), {})[name] = self._stored(x) if is_hidden else x.to(self.accelerator.device)
             self._replay = [rollouts[i] for i in sorted(rollouts)]
 
-    def _standardise(self, model: ProxyModelForCausalLM, features: torch.Tensor) -> None:
+    def _standardise(self, model: ProxyModelForCausalLM, chunks: list[Rollout]) -> None:
         """Moments of the gate's input over the first rollout of all processes, kept from then on: observation
         normalisation (Andrychowicz et al. 2021, arXiv 2006.05990, section 3.3). The decisions of a new gate do not
         depend on them."""
-        parts, _ = model.gate.normalise(features)
-        size = parts.shape[-1]
-        sums = torch.cat([parts.sum(0), parts.square().sum(0), parts.new_tensor([len(parts)])])
+        size = sum(model.gate.part_sizes)
+        sums = torch.zeros(2 * size + 1, device=self.accelerator.device)
+        for chunk in chunks:
+            parts, _ = model.gate.normalise(model.rollout_features(chunk))
+            sums += torch.cat([parts.sum(0), parts.square().sum(0), parts.new_tensor([len(parts)])])
         *sums, count = self.accelerator.reduce(sums, reduction="sum").split([size, size, 1])
         mean, square = (x / count.clamp(min=1) for x in sums)
         if count > 1:

@@ -6,8 +6,8 @@ import pytest
 
 
 @pytest.fixture
-def tiny_run(tmp_path, tiny_lm, tiny_tokenizer):
-    """Flags of a run of seconds: a tiny LM, two dozen prompts and a reward function in a file."""
+def tiny_files(tmp_path, tiny_lm, tiny_tokenizer):
+    """A tiny LM (`lm`), two dozen prompts (`prompts.jsonl`) and reward functions (`my_rewards.py`) in `tmp_path`."""
     tiny_lm("llama").save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
     (tmp_path / "prompts.jsonl").write_text(
@@ -15,13 +15,21 @@ def tiny_run(tmp_path, tiny_lm, tiny_tokenizer):
     )
     (tmp_path / "my_rewards.py").write_text(
         "def upper(prompts, completions, **kwargs):\n"
-        "    return [float(sum(c.isupper() for c in x)) for x in completions]\n"
+        "    return [float(sum(c.isupper() for c in x)) for x in completions]\n\n\n"
+        "def same(prompts, completions, **kwargs):\n"
+        "    return [1.0] * len(prompts)\n"
     )
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_run(tiny_files):
+    """Flags of a run of seconds on [`tiny_files`]."""
     flags = {
-        "model_name_or_path": tmp_path / "lm",
-        "dataset_name": tmp_path / "prompts.jsonl",
+        "model_name_or_path": tiny_files / "lm",
+        "dataset_name": tiny_files / "prompts.jsonl",
         "reward_funcs": "my_rewards.upper",
-        "output_dir": tmp_path / "out",
+        "output_dir": tiny_files / "out",
         "per_device_train_batch_size": 4,
         "steps_per_generation": 2,
         "num_iterations": 2,

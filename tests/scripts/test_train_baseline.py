@@ -9,9 +9,12 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from baselines.training import load_trained
+from trl_proxy.checkpoints import AtomicCheckpoints
 from trl_proxy.defaults import load_lm
+from trl_proxy.files import WriteError, damaged_files
 
 ROOT = Path(__file__).parents[2]
 ONLINE = ("rlhf", "rloo", "grpo")
@@ -24,28 +27,17 @@ def script(load_script):
 
 
 @pytest.fixture
-def command_line(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
+def command_line(tiny_files, monkeypatch):
     """`command_line(method, **changes)` -> the command line of a run of seconds."""
-    tiny_lm("llama").save_pretrained(tmp_path / "lm")
-    tiny_tokenizer.save_pretrained(tmp_path / "lm")
-    (tmp_path / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"{a}{b}"}) + "\n" for a in "abcdef" for b in "wxyz")
-    )
-    (tmp_path / "baseline_rewards.py").write_text(
-        "def upper(prompts, completions, **kwargs):\n"
-        "    return [float(sum(c.isupper() for c in x)) for x in completions]\n\n\n"
-        "def same(prompts, completions, **kwargs):\n"
-        "    return [1.0] * len(prompts)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tiny_files)
+    monkeypatch.syspath_prepend(tiny_files)
 
     def build(method, **changes):
         values = {
-            "model_name_or_path": tmp_path / "lm",
-            "dataset_name": tmp_path / "prompts.jsonl",
-            "reward_funcs": "baseline_rewards.upper",
-            "output_dir": tmp_path / method,
+            "model_name_or_path": tiny_files / "lm",
+            "dataset_name": tiny_files / "prompts.jsonl",
+            "reward_funcs": "my_rewards.upper",
+            "output_dir": tiny_files / method,
             "per_device_train_batch_size": 4,
             "max_completion_length": 6,
             "max_steps": 8,
@@ -84,14 +76,14 @@ def test_two_processes_train_one_policy(launch_two, command_line, tmp_path):
 
 @pytest.mark.parametrize("method", ["rlhf", "dpo"])
 def test_every_recipe_is_understood(script, method):
-    """And trains on what the proxy trains on."""
+    """And trains on the prompts and rewards that the proxy trains on, everyday prompts no more than others."""
     recipe, proxys = (ROOT / "scripts" / "recipes" / f"{name}smollm2_cpu.yaml" for name in (f"{method}_", ""))
     _, (run_args, training_args, model_args) = script.parse(["--method", method, "--config", str(recipe)])
     proxys = yaml.safe_load(proxys.read_text())
     reward = run_args if method == "dpo" else training_args
-    assert run_args.dataset_train_split == proxys["dataset_train_split"]
+    assert proxys["dataset_train_split"].split("+")[0] == run_args.dataset_train_split == "train"
     assert run_args.reward_funcs == proxys["reward_funcs"]
-    assert reward.reward_weights == proxys["reward_weights"]
+    assert reward.reward_weights == [1.0, 1.0, proxys["reward_weights"][2]]
     assert reward.max_completion_length == proxys["max_completion_length"]
     assert run_args.max_train_seconds == 600
     assert model_args.use_peft
@@ -174,7 +166,7 @@ def test_pairs_of_a_dataset(train, tmp_path):
         ("ppo", {}, "--method must be one of rlhf, rloo, grpo, dpo, got ppo"),
         ("dpo", {"pairs": "dataset"}, "has no column chosen, rejected: DPO needs prompt, chosen, rejected"),
         ("dpo", {"samples_per_prompt": 1}, "`samples_per_prompt` must be at least 2"),
-        ("dpo", {"reward_funcs": "baseline_rewards.same"}, "The reward prefers none of the samples to another"),
+        ("dpo", {"reward_funcs": "my_rewards.same"}, "The reward prefers none of the samples to another"),
         ("dpo", {"reward_weights": "1 2"}, "`reward_weights` has 2 weights for 1 rewards"),
         ("rlhf", {"max_train_seconds": 0}, "`max_train_seconds` must be above 0"),
     ],
@@ -208,3 +200,29 @@ def test_an_adapter_names_the_embedded_lm(tmp_path, tiny_lm, tiny_tokenizer, mon
     )
     policy = load_trained(tmp_path / "adapter", *load_lm("embedded"), batch_size=2, max_new_tokens=4)
     assert policy.parameters_report()["trainable_parameters"] > 0
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_disk_leaves_the_last_checkpoint(train, tmp_path, method):
+    """The one being written is not there; the same command goes on from the one before."""
+    place = tmp_path / method / ".partial" / "checkpoint-8" / "optimizer.pt"
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                place.parent.mkdir(parents=True)
+                place.symlink_to("/dev/full")
+
+    init = AtomicCheckpoints.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            AtomicCheckpoints, "__init__", lambda self, *a, **k: (init(self, *a, **k), self.add_callback(Fill()))[0]
+        )
+        with pytest.raises(WriteError, match=r"checkpoint-8 could not be written \(No space left on device\)"):
+            train(method)
+    assert [path.name for path in (tmp_path / method).glob("*checkpoint-*")] == ["checkpoint-4"]
+    assert not damaged_files(tmp_path / method / "checkpoint-4")
+    assert not (tmp_path / method / ".partial").exists()
+    assert train(method).state.global_step == 8
+    assert (tmp_path / method / "checkpoint-8" / "checksums.json").is_file()

@@ -16,7 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer, proxy_ppo
 from trl_proxy.actor_critic import RewardError
 from trl_proxy.files import damaged_files
 
@@ -106,6 +106,36 @@ def test_the_first_rollout_standardises_what_the_gate_reads(train, features, poo
     for network in (model.gate, model.critic):
         torch.testing.assert_close(network.feature_mean, parts.mean(0), atol=1e-5, rtol=0)
         torch.testing.assert_close(network.feature_std, parts.std(0, correction=0).clamp(min=1e-3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("features", ["prefix", "candidate"])
+def test_a_rollout_is_judged_in_chunks(train, features, monkeypatch):
+    """As many rows at a time as have about `_CHUNK` decisions; what the gate's input is standardised by, and what it
+    learns, are those of the whole."""
+    whole = train(features, True, max_steps=16).model.proxy.state_dict()
+    monkeypatch.setattr(proxy_ppo, "_CHUNK", 40)
+    chunks = []
+    rollout_features = ProxyModelForCausalLM.rollout_features
+    monkeypatch.setattr(
+        ProxyModelForCausalLM,
+        "rollout_features",
+        lambda self, rollout: chunks.append(len(rollout.mask)) or rollout_features(self, rollout),
+    )
+    in_chunks = train(features, True, name="chunks", max_steps=16).model.proxy.state_dict()
+    assert min(chunks) < 8
+    for name, value in whole.items():
+        torch.testing.assert_close(in_chunks[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_rollouts_in_the_hosts_memory(train, tmp_path):
+    """On a CPU there is no other memory: the same weights, a resumed run's too."""
+    settings = {"max_steps": 24, "save_steps": 8, "replay_rollouts": 2}
+    expected = train(**settings).model.proxy.state_dict()
+    trainer = train(name="host", offload_rollouts=True, **settings)
+    checkpoint = tmp_path / "host" / "checkpoint-16"
+    resumed = train(name="resumed", offload_rollouts=True, resume=str(checkpoint), **settings)
+    for state in (trainer.model.proxy.state_dict(), resumed.model.proxy.state_dict()):
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_the_lm_is_unchanged_and_alone_the_proxy_is_saved(train, tiny_lm, tmp_path):

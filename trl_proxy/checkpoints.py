@@ -1,0 +1,78 @@
+"""Checkpoints of TRL's trainers: whole or not there, and a run that goes on from one equals the uninterrupted run."""
+
+import os
+import shutil
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from .files import WriteError, write_checksums, writing
+
+
+class SaveBetweenRollouts(TrainerCallback):
+    """Puts checkpoints off to the end of a rollout's updates: a rollout is not saved, so a run that resumed in the
+    middle of one would differ from the uninterrupted run."""
+
+    def __init__(self, cycle: int):
+        self.cycle, self.pending = cycle, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.pending |= control.should_save
+        at_boundary = state.global_step % self.cycle == 0 or state.global_step >= state.max_steps
+        control.should_save = self.pending and at_boundary
+        self.pending &= not at_boundary
+        return control
+
+
+class AtomicCheckpoints(Trainer):
+    """To stand before a trainer's class among the parents."""
+
+    _staging = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Trainers that generate learn several times from what they generated.
+        cycle = getattr(self.args, "steps_per_generation", 1) * getattr(self.args, "num_iterations", 1)
+        self.add_callback(SaveBetweenRollouts(max(cycle // self.args.gradient_accumulation_steps, 1)))
+
+    def _get_output_dir(self, trial):
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, ".partial") if self._staging else run_dir
+
+    def _save_checkpoint(self, model, trial):
+        """Under a temporary name, then renamed: a run that is killed here, or finds the disk full, leaves its last
+        checkpoint whole. Raises [`WriteError`]."""
+        run_dir = self._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        final, partial = os.path.join(run_dir, name), os.path.join(run_dir, ".partial")
+        staged = os.path.join(partial, name)
+        try:
+            with writing(final):
+                self._staging = True
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._staging = False
+                if self.state.best_global_step:
+                    # Transformers has looked for it where this checkpoint stands for now.
+                    best = os.path.join(run_dir, f"checkpoint-{self.state.best_global_step}")
+                    self.state.best_model_checkpoint = best
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
+                    write_checksums(staged)
+                    shutil.rmtree(final, ignore_errors=True)
+                    os.replace(staged, final)
+        except WriteError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
