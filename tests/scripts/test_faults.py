@@ -121,7 +121,7 @@ def test_a_comparison_that_is_interrupted_at_any_moment(fork_server, tiny_run, w
         wait_for_calls(calls, 1, script)
         time.sleep(moments.uniform(0, 0.1))
         os.kill(script.pid, number)
-        assert script.wait() == (-number if number == signal.SIGKILL else 1)
+        assert script.wait() == (-number if number == signal.SIGKILL else 130)
         if (tmp_path / "out" / "records").is_dir():
             for record in (tmp_path / "out" / "records").glob("*.json"):
                 read_record(record)
@@ -167,7 +167,7 @@ def test_a_sweep_that_is_interrupted_at_any_moment(fork_server, tiny_run, tmp_pa
             kill_all(tmp_path)
         else:
             os.kill(script.pid, signal.SIGKILL if how == "alone" else signal.SIGTERM)
-        assert script.wait() == (1 if how == "told" else -signal.SIGKILL)
+        assert script.wait() == (130 if how == "told" else -signal.SIGKILL)
         assert not (tmp_path / "out" / "sweep.md").exists()
     assert log.read_text().count("sweep: interrupted; the same command goes on.") == 1
     assert start().wait() == 0, log.read_text()

@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(train, tmp_path, method):
         patch.setattr(
             AtomicCheckpoints, "__init__", lambda self, *a, **k: (init(self, *a, **k), self.add_callback(Fill()))[0]
         )
-        with pytest.raises(WriteError, match=r"checkpoint-8 could not be written \(No space left on device\)"):
+        with pytest.raises(WriteError, match="checkpoint-8 could not be written"):
             train(method)
     assert [path.name for path in (tmp_path / method).glob("*checkpoint-*")] == ["checkpoint-4"]
     assert not damaged_files(tmp_path / method / "checkpoint-4")
