@@ -48,7 +48,7 @@ def train_on_reward(method: str, trainer_class, run_args: RunArguments, training
     )
     # The head gets a contiguous tensor: for the slice that TRL's trainers ask for, torch on a CPU copies its weights
     # once per row of the batch.
-    with HiddenTap(lm):
+    with HiddenTap(lm, layers=()):
         fit(trainer, run, run_args, checkpoint)
     return trainer
 

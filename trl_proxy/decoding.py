@@ -54,12 +54,20 @@ def record_body(lm: nn.Module):
         hook.remove()
 
 
-def layer_index(lm: nn.Module, layer: int) -> int:
-    """Which of transformers' `hidden_states` a layer is, from 0 to the number of layers; `ValueError` where none."""
-    n = lm.config.get_text_config().num_hidden_layers
-    if not -n - 1 <= layer <= n:
-        raise ValueError(f"`feature_layers` has {layer}, {type(lm).__name__} has {n} layers: take -{n + 1} to {n}.")
-    return layer % (n + 1)
+def reader_of(lm: nn.Module, layer: int) -> nn.Module | None:
+    """The LM's layer that reads a hidden state, counted as in transformers' `hidden_states`; None for the last state,
+    which the head reads. `ValueError` where there is none."""
+    count = lm.config.get_text_config().num_hidden_layers
+    if not -count - 1 <= layer <= count:
+        raise ValueError(
+            f"`feature_layers` has {layer}, {type(lm).__name__} has {count} layers: take -{count + 1} to {count}."
+        )
+    if layer in (-1, count):
+        return None
+    layers = next((m for m in body_of(lm).modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    if layers is None:
+        raise ValueError(f"{type(lm).__name__} has no list of layers: leave `feature_layers` at [-1].")
+    return layers[layer % (count + 1)]
 
 
 class HiddenTap:
@@ -78,21 +86,18 @@ class HiddenTap:
         select: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.lm, self.select = lm, select
-        self.layers = [layer_index(lm, layer) for layer in layers]
+        self.readers = {layer: reader_of(lm, layer) for layer in layers}
         self.seen: dict[int, torch.Tensor] = {}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Self:
-        body, count = body_of(self.lm), self.lm.config.get_text_config().num_hidden_layers
-        blocks = next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-        for layer in self.layers:
-            if layer == count:
-                self.hooks.append(body.register_forward_hook(functools.partial(self._see_last, layer)))
-            elif blocks is None:
-                raise ValueError(f"{type(self.lm).__name__} has no list of layers: leave `feature_layers` at [-1].")
-            else:  # what the next layer gets is the output of this one
-                hook = functools.partial(self._see, layer)
-                self.hooks.append(blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
+        for layer, reader in self.readers.items():
+            if reader is None:
+                see = functools.partial(self._see_last, layer)
+                self.hooks.append(body_of(self.lm).register_forward_hook(see))
+            else:
+                see = functools.partial(self._see, layer)
+                self.hooks.append(reader.register_forward_pre_hook(see, with_kwargs=True))
         self.hooks.append(self.lm.get_output_embeddings().register_forward_pre_hook(self._to_head))
         return self
 
@@ -112,7 +117,7 @@ class HiddenTap:
         return self._side_by_side(-1)
 
     def _side_by_side(self, positions) -> torch.Tensor:
-        states = [self.seen[layer][:, positions] for layer in self.layers]
+        states = [self.seen[layer][:, positions] for layer in self.readers]
         return torch.cat([x.to(states[-1].device) for x in states], dim=-1) if len(states) > 1 else states[0]
 
     def _see(self, layer: int, _module, args, kwargs) -> None:
@@ -177,7 +182,7 @@ def prefill(lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
     cache = growing_cache(lm)
     if cache is None or input_ids.shape[1] < 2:
         return cache
-    with HiddenTap(lm, select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
+    with HiddenTap(lm, layers=(), select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
         lm(
             input_ids=input_ids[:, :-1],
             attention_mask=attention_mask[:, :-1],
@@ -421,12 +426,15 @@ class _CandidateLoop:
         tokens = active.token_ids.gather(1, torch.minimum(ranks, active.last[:, None]))
         asked = ranks < active.last[:, None]
         accept = ranks == active.last[:, None]
+        state: Any = None
 
         def select(hidden: torch.Tensor) -> torch.Tensor:
             """Decides, between the LM's body and its head; the head runs where new candidates are needed."""
+            nonlocal state
             if asked.any():
+                state = self._state(tap.hidden)
                 rows_asked = active.rows[:, None].expand_as(asked)[asked]
-                accept[asked] = decide(judge(self._state(tap.hidden)[asked], rows_asked), threshold, sample)
+                accept[asked] = decide(judge(state[asked], rows_asked), threshold, sample)
             first = accept.long().argmax(-1)
             return hidden[rows, first][accept[rows, first] & ~self._is_final(tokens[rows, first])]
 
@@ -452,7 +460,7 @@ class _CandidateLoop:
             log_probs = active.log_probs.gather(1, (ranks + to_last).clamp(max=active.log_probs.shape[1] - 1))
             log_probs = torch.where(accept | to_last, log_probs, 0.0)
             places = (x[:, None].expand_as(ranks) for x in (active.rows, active.length))
-            event = (self._state(tap.hidden), *places, tokens, accept, log_probs)
+            event = (state, *places, tokens, accept, log_probs)
             hidden, row, length, *rest = (x[decided] for x in event)
             self.events.append(Event(row, hidden, length, *rest))
         if self.config.pooled_features:

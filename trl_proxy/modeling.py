@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from .candidates import Candidates, candidate_scalars
 from .card import proxy_card
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, layer_index, propose_for
+from .decoding import HiddenTap, propose_for, reader_of
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy, sha256_of
@@ -109,7 +109,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                     "load it with the LM that it was trained on."
                 )
         for layer in config.feature_layers:
-            layer_index(self.lm, layer)
+            reader_of(self.lm, layer)  # refuses what is not there
         base = config.base_model_name_or_path or self.lm.config._name_or_path or None
         # A copy: the caller may make proxies over other LMs with the same configuration.
         sha256 = lm_sha256(self.lm) or config.base_model_sha256

@@ -649,6 +649,20 @@ def test_tokenizer_and_models_share_a_vocabulary(tiny_tokenizer, tiny_lm):
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("layer", [3, -4])
+def test_layers_that_the_lm_does_not_have(tiny_lm, layer):
+    with pytest.raises(ValueError, match=f"`feature_layers` has {layer}, LlamaForCausalLM has 2 layers: take -3 to 2"):
+        ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(feature_layers=[-1, layer]))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("layers", [[], [1, 1]])
+def test_no_layers_and_one_twice(layers):
+    with pytest.raises(ValueError, match="`feature_layers` must be one or more layers, none twice"):
+        ProxyConfig(feature_layers=layers)
+
+
+@pytest.mark.fault
 def test_pooled_features_need_the_whole_text(gated, ragged_batch):
     """A cache that was filled elsewhere cannot be pooled over; it is said, not guessed."""
     model, ids = gated(pooled_features=True), ragged_batch((6,))["input_ids"]
