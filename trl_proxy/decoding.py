@@ -26,6 +26,9 @@ from .rollout import Decisions, Event, ProxyGenerateOutput, Step, record_events
 # where reading the LM's weights is what a forward costs, a few tokens more are nearly free. On a CPU they are not:
 # there the tree ran at 0.64 of plain decoding's speed at batch 1, one after the other at 0.78 (docs/results.md).
 TREE_ROWS = {"cpu": 0, "default": 2}
+# What the prompts of a batch begin with in common is read once where that spares the LM so many tokens: a forward of
+# its own has its price.
+COMMON_TOKENS = 64
 
 
 def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
@@ -176,22 +179,67 @@ def growing_cache(lm: nn.Module) -> DynamicCache | None:
     return cache
 
 
-def prefill(lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache | None:
-    """The [`growing_cache`] of prompts `(batch, length)` but for their last token, from which `generate` goes on as
-    often as one likes, so that no prompt is read twice."""
+def common_start(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
+    """How many tokens all of these prompts begin with, their last ones left out; 0 where reading them once would save
+    too little, or where something other than padding on the left is masked."""
+    rows, width = input_ids.shape
+    slots = torch.arange(width, device=input_ids.device)
+    padding = width - attention_mask.sum(-1, keepdim=True)
+    begun = input_ids.gather(-1, (slots + padding).clamp(max=width - 1))
+    alike = (begun == begun[:1]).all(0) & (slots < width - 1 - padding.max())
+    length = int(alike.cumprod(0).sum()) if torch.equal(attention_mask.bool(), slots >= padding) else 0
+    return length if length * (rows - 1) >= COMMON_TOKENS else 0
+
+
+def read_common_start(
+    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: "PooledTap | None" = None
+) -> DynamicCache | None:
+    """The [`growing_cache`] of the prompts `(batch, length)` up to where they differ: a system prompt, say, is read
+    once for all of them, and `generate` goes on from it. Empty where they have no such start.
+
+    Args:
+        tap: pools what is read here too.
+    """
     cache = growing_cache(lm)
-    if cache is None or input_ids.shape[1] < 2:
+    if cache is None or not all(isinstance(layer, _RoomyLayer) for layer in cache.layers):
         return cache
+    length = common_start(input_ids, attention_mask)
+    if length == 0:
+        return cache
+    padding = input_ids.shape[1] - attention_mask.sum(-1, keepdim=True)
+    width = int(padding.min()) + length
+    if tap is not None:
+        tap.expect_common_start(length, width)
+    _read(lm, cache, input_ids[:1, padding[0] : padding[0] + length], torch.ones_like(input_ids[:1, :length]))
+    # Where a row is padded, its texts begin later; what is padding may hold anything.
+    source = (torch.arange(width, device=input_ids.device) - padding).clamp(min=0)
+    for layer in cache.layers:
+        layer.keys, layer.values = (x[0][:, source].transpose(0, 1) for x in (layer.keys, layer.values))
+    return cache
+
+
+def prefill(
+    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: "PooledTap | None" = None
+) -> DynamicCache | None:
+    """The [`growing_cache`] of prompts `(batch, length)` but for their last token, from which `generate` goes on as
+    often as one likes, so that no prompt is read twice, and what all begin with once."""
+    cache = read_common_start(lm, input_ids, attention_mask, tap)
+    if cache is not None and cache.get_seq_length() < input_ids.shape[1] - 1:
+        _read(lm, cache, input_ids[:, cache.get_seq_length() : -1], attention_mask[:, :-1])
+    return cache
+
+
+def _read(lm: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    """Adds tokens to the cache; `attention_mask` is also of those that are in it."""
     with HiddenTap(lm, layers=(), select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
         lm(
-            input_ids=input_ids[:, :-1],
-            attention_mask=attention_mask[:, :-1],
-            position_ids=(attention_mask[:, :-1].cumsum(-1) - 1).clamp(min=0),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-    return cache
 
 
 class PooledTap(HiddenTap):
@@ -206,6 +254,12 @@ class PooledTap(HiddenTap):
         super().__init__(lm, layers)
         self.mask, self.length = attention_mask, 0
         self.total = self.count = torch.zeros(1, 1, device=attention_mask.device)
+        self.common: tuple[int, int] | None = None
+
+    def expect_common_start(self, length: int, width: int) -> None:
+        """The next forward is of the `length` tokens that all texts begin with; those after it go on at slot `width`
+        of the batch, where the longest of them do."""
+        self.common = length, width
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -214,6 +268,12 @@ class PooledTap(HiddenTap):
 
     def _pool(self, _module, _args, _output) -> None:
         hidden = self.hidden.float()
+        if self.common is not None:
+            length, self.length = self.common
+            self.total, self.count, self.common = hidden.sum(1), self.count + length, None
+            # Of texts with more padding some of these tokens are read again, and do not count again.
+            self.mask = self.mask * (self.mask.cumsum(-1) > length)
+            return
         mask = self.mask[:: len(self.mask) // len(hidden), self.length : self.length + hidden.shape[1]].to(hidden)
         mask = nn.functional.pad(mask, (0, hidden.shape[1] - mask.shape[1]), value=1.0)
         repeats = len(hidden) // len(self.total)

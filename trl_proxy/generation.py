@@ -10,7 +10,16 @@ import torch
 from transformers import LogitsProcessorList, StopStringCriteria
 from transformers.utils import logging
 
-from .decoding import HiddenTap, PooledTap, PrefixGate, StopRecorder, candidate_decode, growing_cache, prefill
+from .decoding import (
+    HiddenTap,
+    PooledTap,
+    PrefixGate,
+    StopRecorder,
+    candidate_decode,
+    growing_cache,
+    prefill,
+    read_common_start,
+)
 from .rollout import ProxyGenerateOutput, record_steps
 
 logger = logging.get_logger(__name__)
@@ -145,7 +154,18 @@ class GatedGeneration:
         ):
             chosen = cache is not None or setting("use_cache") is False or setting("cache_implementation") is not None
             if not chosen:
-                cache = prefill(self.lm, *prompts) if repeats > 1 else growing_cache(self.lm)
+                pooled = tap if isinstance(tap, PooledTap) else None
+                if repeats > 1:
+                    cache = prefill(self.lm, *prompts, pooled)
+                elif (
+                    self.lm.dtype
+                    != torch.float32  # a forward of another shape rounds otherwise, which shows in bfloat16
+                    or setting("output_hidden_states")  # of the whole prompt
+                    or setting("output_attentions")
+                ):
+                    cache = growing_cache(self.lm)
+                else:
+                    cache = read_common_start(self.lm, *prompts, pooled)
                 if cache is not None:
                     cache.batch_repeat_interleave(repeats)
                     options["past_key_values"] = cache

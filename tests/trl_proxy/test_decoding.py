@@ -2,6 +2,7 @@
 rows one by one, a rejection leaves no trace, fast equals brute force, and sampled decisions follow the closed form."""
 
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -245,6 +246,52 @@ def test_a_cache_grows_without_copying_what_it_holds(tiny_lm):
         keys, _ = layer.update(*torch.randn(2, 3, 2, 1, 16))
         assert keys.data_ptr() == place
     assert keys.shape == (3, 2, 52, 16)
+
+
+def with_common_start(prompts: dict, lengths, common: int) -> dict:
+    """The prompts, each of its length, with the same first tokens."""
+    for row, length in enumerate(lengths):
+        start = max(lengths) - length
+        prompts["input_ids"][row, start : start + common] = torch.arange(4, 4 + common)
+    return prompts
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_prompts_that_begin_alike(tiny_lm, ragged_batch, with_random_gate, data):
+    """The same tokens, states and mean states as where every prompt is read whole."""
+    common = data.draw(st.integers(0, 9))
+    lengths = [common + n for n in data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))]
+    prompts = with_common_start(ragged_batch(lengths), lengths, common)
+    config = ProxyConfig(p_t=0.02, pooled_features=data.draw(st.booleans()), feature_layers=[1, -1])
+    model = with_random_gate(tiny_lm(data.draw(st.sampled_from([*KINDS, "gpt_neox", "mistral"]))), config, bias=-0.5)
+    call = {"max_new_tokens": 6, "output_rollout": True, "num_return_sequences": data.draw(st.sampled_from([1, 3]))}
+    with mock.patch.object(decoding, "COMMON_TOKENS", 1):
+        once = model.generate(**prompts, **call)
+    with mock.patch.object(decoding, "COMMON_TOKENS", 10**6):
+        whole = model.generate(**prompts, **call)
+    assert once.sequences.tolist() == whole.sequences.tolist()
+    for name, ours, theirs in zip(once.rollout._fields, once.rollout, whole.rollout, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "options", "read"), [(1, {}, 65), (4, {}, 80), (1, {"output_attentions": True}, 225)]
+)
+def test_what_prompts_begin_with_in_common_is_read_once(tiny_lm, ragged_batch, repeats, options, read):
+    """A system prompt, say: 40 tokens of five prompts."""
+    lengths = [45, 42, 41, 45, 43]
+    lm, tokens = tiny_lm(), []
+    model = ProxyModelForCausalLM(lm, ProxyConfig())
+    prompts = with_common_start(ragged_batch(lengths), lengths, 40)
+    hook = lm.model.register_forward_hook(
+        lambda _m, _a, output: tokens.append(output.last_hidden_state.shape[:2].numel())
+    )
+    try:
+        model.generate(**prompts, max_new_tokens=1, num_return_sequences=repeats, **options)
+    finally:
+        hook.remove()
+    assert sum(tokens) == read
 
 
 # 2. A row's output does not depend on its neighbours.
