@@ -26,16 +26,11 @@ demo: $(INSTALLED)
 		--output_dir $(OUT)
 	$(BIN)/python scripts/report.py $(OUT)
 
-# The table of the README: three seeds.
+# The table of the README: three seeds. `make compare` goes on from it.
 results: $(INSTALLED)
-	for seed in 0 1 2; do \
-		$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $$seed \
-			--output_dir outputs/results/seed$$seed || exit 1; \
-	done
-	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
-		--proxies outputs/results/seed0 outputs/results/seed1 outputs/results/seed2 --best_of 2 4 \
-		--output_dir outputs/results
-	$(BIN)/python scripts/report.py outputs/results
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "env $(LAUNCH)" \
+		--recipes proxy=scripts/recipes/smollm2_cpu.yaml --best_of 2 4
+	$(BIN)/python scripts/report.py outputs/compare
 
 # The other table: harmlessness alone.
 results-harmless: $(INSTALLED)
