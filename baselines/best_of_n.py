@@ -22,7 +22,7 @@ from baselines.policy import (
     score,
 )
 from baselines.sft import SFTPolicy
-from trl_proxy.decoding import prefill
+from trl_proxy.caches import prefill
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from trl import ModelConfig, get_peft_config
 
 from baselines.sft import SFTPolicy
 from trl_proxy.actor_critic import check_chat_template
-from trl_proxy.decoding import HiddenTap
 from trl_proxy.runs import RunArguments, begin, fit, load_datasets, load_policy, load_rewards
+from trl_proxy.taps import HiddenTap
 
 BASELINES = ("rlhf", "rloo", "grpo", "dpo")  # modules of this package with `CONFIGS` and `train`
 

@@ -30,11 +30,11 @@ from eval.harness import package_versions
 from eval.plots import plot_benchmark
 from eval.report import print_table
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
-from trl_proxy.decoding import HiddenTap
 from trl_proxy.defaults import EMBEDDED, load_lm, load_prompts
 from trl_proxy.files import write_text
 from trl_proxy.gate import decide
 from trl_proxy.runs import run_script
+from trl_proxy.taps import HiddenTap
 
 PLAIN = "generate, sampled"
 CONFIGS = {

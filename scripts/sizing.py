@@ -198,7 +198,7 @@ def cache_bytes(shape: Shape, args: SizingArguments, rows: int, slots: int) -> i
 
 
 def gate_slots(args: SizingArguments) -> int:
-    """Slots of a row's cache when the last token of a response is decided (`decoding.growing_cache`, `RowCache`)."""
+    """Slots of a row's cache when the last token of a response is decided (`caches.growing_cache`, `RowCache`)."""
     if args.features == "candidate":
         return args.length + args.max_candidates - 1
     slots = args.prompt_tokens + max(32, args.prompt_tokens // 8)

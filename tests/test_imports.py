@@ -10,8 +10,8 @@ PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 # From left to right. Files of one entry stand beside each other and do not import one another.
 ORDER = [
     ("files",),
-    ("config", "candidates", "gate", "advantages", "losses", "rewards", "checkpoints"),
-    ("rollout", "actor_critic", "defaults", "proxies", "card"),
+    ("config", "candidates", "gate", "advantages", "losses", "rewards", "checkpoints", "taps"),
+    ("rollout", "actor_critic", "defaults", "proxies", "card", "caches"),
     ("decoding",),
     ("generation",),
     ("modeling",),

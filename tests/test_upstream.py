@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler, is_async_callable, pad
 
 from trl_proxy import PPOTrainer, ProxyPPOTrainer
 from trl_proxy.actor_critic import ActorCriticTrainer
-from trl_proxy.decoding import _RoomyLayer, _RowLayer
+from trl_proxy.caches import _RoomyLayer, _RowLayer
 
 # The first parameters of each, which are all that we rely on.
 TRAINER = {

@@ -6,285 +6,29 @@ transformers' own `generate`. With candidate features a proposal has to be fed t
 `custom_generate`. This file knows token ids, a model and a gate; nothing of rewards or training.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import LogitsProcessor, StoppingCriteria
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
+from .caches import RowCache
 from .candidates import Candidates, propose
 from .config import ProxyConfig
 from .gate import accepted_rank, decide
 from .rollout import Decisions, Event, ProxyGenerateOutput, Step, record_events
+from .taps import HiddenTap
 
 # With candidate features and at most so many unfinished rows, all candidates of a position are judged in one forward:
 # where reading the LM's weights is what a forward costs, a few tokens more are nearly free. On a CPU they are not:
 # there the tree ran at 0.64 of plain decoding's speed at batch 1, one after the other at 0.78 (docs/results.md).
 TREE_ROWS = {"cpu": 0, "default": 2}
-# What the prompts of a batch begin with in common is read once where that spares the LM so many tokens: a forward of
-# its own has its price.
-COMMON_TOKENS = 64
 
 
 def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
     """[`candidates.propose`] with a proxy's settings."""
     return propose(scores, config.p_t, config.p_t_mode, config.max_candidates, config.temperature, config.proposal)
-
-
-def without_peft(lm: nn.Module) -> nn.Module:
-    """The LM itself, also where PEFT wraps it."""
-    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-
-
-def body_of(lm: nn.Module) -> nn.Module:
-    """The LM without its head, also where PEFT wraps it."""
-    return without_peft(lm).base_model
-
-
-@contextmanager
-def record_body(lm: nn.Module):
-    """A list that gets the last hidden states `(batch, length, hidden_size)` of every forward of the LM's body."""
-    body: list[torch.Tensor] = []
-    hook = body_of(lm).register_forward_hook(lambda _m, _a, output: body.append(output.last_hidden_state))
-    try:
-        yield body
-    finally:
-        hook.remove()
-
-
-def reader_of(lm: nn.Module, layer: int) -> nn.Module | None:
-    """The LM's layer that reads a hidden state, counted as in transformers' `hidden_states`; None for the last state,
-    which the head reads. `ValueError` where there is none."""
-    count = lm.config.get_text_config().num_hidden_layers
-    if not -count - 1 <= layer <= count:
-        raise ValueError(
-            f"`feature_layers` has {layer}, {type(lm).__name__} has {count} layers: take -{count + 1} to {count}."
-        )
-    if layer in (-1, count):
-        return None
-    layers = next((m for m in body_of(lm).modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-    if layers is None:
-        raise ValueError(f"{type(lm).__name__} has no list of layers: leave `feature_layers` at [-1].")
-    return layers[layer % (count + 1)]
-
-
-class HiddenTap:
-    """Context manager that sees hidden states of the LM in every forward.
-
-    Args:
-        layers: which ones, see `ProxyConfig.feature_layers`.
-        select: called with the states `(batch, positions, hidden_size)` on their way into the head, when `hidden`
-            has been seen; returns what the head runs on instead: the head is a fifth of a small LM's work.
-    """
-
-    def __init__(
-        self,
-        lm: nn.Module,
-        layers: Sequence[int] = (-1,),
-        select: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ):
-        self.lm, self.select = lm, select
-        self.readers = {layer: reader_of(lm, layer) for layer in layers}
-        self.seen: dict[int, torch.Tensor] = {}
-        self.hooks: list[Any] = []
-
-    def __enter__(self) -> Self:
-        for layer, reader in self.readers.items():
-            if reader is None:
-                see = functools.partial(self._see_last, layer)
-                self.hooks.append(body_of(self.lm).register_forward_hook(see))
-            else:
-                see = functools.partial(self._see, layer)
-                self.hooks.append(reader.register_forward_pre_hook(see, with_kwargs=True))
-        self.hooks.append(self.lm.get_output_embeddings().register_forward_pre_hook(self._to_head))
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks.clear()
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        """States of all positions of the last forward, layer beside layer: `(batch, positions, d)`."""
-        return self._side_by_side(slice(None))
-
-    @property
-    def state(self) -> torch.Tensor:
-        """What the gate reads of the last position, `(batch, state_size)` in the LM's dtype."""
-        return self._side_by_side(-1)
-
-    def _side_by_side(self, positions) -> torch.Tensor:
-        states = [self.seen[layer][:, positions] for layer in self.readers]
-        return torch.cat([x.to(states[-1].device) for x in states], dim=-1) if len(states) > 1 else states[0]
-
-    def _see(self, layer: int, _module, args, kwargs) -> None:
-        self.seen[layer] = args[0] if args else kwargs["hidden_states"]
-
-    def _see_last(self, layer: int, _module, _args, output) -> None:
-        self.seen[layer] = output.last_hidden_state
-
-    def _to_head(self, _module, args):
-        hidden = args[0] if self.select is None else self.select(args[0])
-        # A strided view, as the last position of a prompt is, makes torch expand the head's weights over the batch.
-        return (hidden.contiguous(), *args[1:])
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room behind them, where a new token is written. Transformers' own layer copies
-    all of them at every token, which costs the more the longer the text is."""
-
-    def __init__(self):
-        super().__init__()
-        self.room: dict[str, torch.Tensor] = {}
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        self.keys = self._append("keys", key_states, start)
-        self.values = self._append("values", value_states, start)
-        return self.keys, self.values
-
-    def _append(self, name: str, new: torch.Tensor, start: int) -> torch.Tensor:
-        held, end = getattr(self, name), start + new.shape[-2]
-        room: Any = self.room.get(name)
-        # Where rows were chosen or repeated, another tensor stands in place of the view.
-        is_view = room is not None and held.data_ptr() == room.data_ptr() and held.shape[0] == room.shape[0]
-        if not is_view or end > room.shape[-2]:
-            room = new.new_empty(*new.shape[:-2], end + max(32, end // 8), new.shape[-1])
-            if start:
-                room[..., :start, :] = held
-            self.room[name] = room
-        room[..., start:end, :] = new
-        return room[..., :end, :]
-
-    def reset(self) -> None:
-        self.room.clear()
-        super().reset()
-
-
-def growing_cache(lm: nn.Module) -> DynamicCache | None:
-    """An empty cache as `generate` makes it, but that it grows in place where attention sees the whole text; None for
-    an LM that keeps something other than keys and values, as state-space models do."""
-    cache = DynamicCache(config=lm.config) if lm._supports_default_dynamic_cache() else None
-    if cache is None or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        return None
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def common_start(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
-    """How many tokens all of these prompts begin with, their last ones left out; 0 where reading them once would save
-    too little, or where something other than padding on the left is masked."""
-    rows, width = input_ids.shape
-    slots = torch.arange(width, device=input_ids.device)
-    padding = width - attention_mask.sum(-1, keepdim=True)
-    begun = input_ids.gather(-1, (slots + padding).clamp(max=width - 1))
-    alike = (begun == begun[:1]).all(0) & (slots < width - 1 - padding.max())
-    length = int(alike.cumprod(0).sum()) if torch.equal(attention_mask.bool(), slots >= padding) else 0
-    return length if length * (rows - 1) >= COMMON_TOKENS else 0
-
-
-def read_common_start(
-    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: "PooledTap | None" = None
-) -> DynamicCache | None:
-    """The [`growing_cache`] of the prompts `(batch, length)` up to where they differ: a system prompt, say, is read
-    once for all of them, and `generate` goes on from it. Empty where they have no such start.
-
-    Args:
-        tap: pools what is read here too.
-    """
-    cache = growing_cache(lm)
-    if cache is None or not all(isinstance(layer, _RoomyLayer) for layer in cache.layers):
-        return cache
-    length = common_start(input_ids, attention_mask)
-    if length == 0:
-        return cache
-    padding = input_ids.shape[1] - attention_mask.sum(-1, keepdim=True)
-    width = int(padding.min()) + length
-    if tap is not None:
-        tap.expect_common_start(length, width)
-    _read(lm, cache, input_ids[:1, padding[0] : padding[0] + length], torch.ones_like(input_ids[:1, :length]))
-    # Where a row is padded, its texts begin later; what is padding may hold anything.
-    source = (torch.arange(width, device=input_ids.device) - padding).clamp(min=0)
-    for layer in cache.layers:
-        layer.keys, layer.values = (x[0][:, source].transpose(0, 1) for x in (layer.keys, layer.values))
-    return cache
-
-
-def prefill(
-    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: "PooledTap | None" = None
-) -> DynamicCache | None:
-    """The [`growing_cache`] of prompts `(batch, length)` but for their last token, from which `generate` goes on as
-    often as one likes, so that no prompt is read twice, and what all begin with once."""
-    cache = read_common_start(lm, input_ids, attention_mask, tap)
-    if cache is not None and cache.get_seq_length() < input_ids.shape[1] - 1:
-        _read(lm, cache, input_ids[:, cache.get_seq_length() : -1], attention_mask[:, :-1])
-    return cache
-
-
-def _read(lm: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """Adds tokens to the cache; `attention_mask` is also of those that are in it."""
-    with HiddenTap(lm, layers=(), select=lambda hidden: hidden[:1, -1:]):  # nobody reads the logits
-        lm(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-
-
-class PooledTap(HiddenTap):
-    """The same, and the mean of those states over all positions that the LM has read, padding left out.
-
-    Args:
-        attention_mask: `(batch, prompt length)`. What comes after its width is no padding. The LM may read each
-            distinct prompt once before the rows of the batch go on from it.
-    """
-
-    def __init__(self, lm: nn.Module, layers: Sequence[int], attention_mask: torch.Tensor):
-        super().__init__(lm, layers)
-        self.mask, self.length = attention_mask, 0
-        self.total = self.count = torch.zeros(1, 1, device=attention_mask.device)
-        self.common: tuple[int, int] | None = None
-
-    def expect_common_start(self, length: int, width: int) -> None:
-        """The next forward is of the `length` tokens that all texts begin with; those after it go on at slot `width`
-        of the batch, where the longest of them do."""
-        self.common = length, width
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self.hooks.append(body_of(self.lm).register_forward_hook(self._pool))
-        return self
-
-    def _pool(self, _module, _args, _output) -> None:
-        hidden = self.hidden.float()
-        if self.common is not None:
-            length, self.length = self.common
-            self.total, self.count, self.common = hidden.sum(1), self.count + length, None
-            # Of texts with more padding some of these tokens are read again, and do not count again.
-            self.mask = self.mask * (self.mask.cumsum(-1) > length)
-            return
-        mask = self.mask[:: len(self.mask) // len(hidden), self.length : self.length + hidden.shape[1]].to(hidden)
-        mask = nn.functional.pad(mask, (0, hidden.shape[1] - mask.shape[1]), value=1.0)
-        repeats = len(hidden) // len(self.total)
-        self.total = self.total.repeat_interleave(repeats, dim=0) + (hidden * mask[..., None]).sum(1)
-        self.count = self.count.repeat_interleave(repeats, dim=0) + mask.sum(1, keepdim=True)
-        self.length += hidden.shape[1]
-
-    @property
-    def state(self) -> torch.Tensor:
-        state = super().state
-        return torch.cat([state, (self.total / self.count.clamp(min=1)).to(state.dtype)], dim=-1)
 
 
 class PrefixGate(LogitsProcessor):
@@ -332,72 +76,6 @@ class StopRecorder(StoppingCriteria):
             done = done | criterion(input_ids, scores, **kwargs)
         self.stopped.append(done)
         return done
-
-
-class _RowLayer(CacheLayerMixin):
-    """Keys and values of one layer, `(rows, heads, capacity, head size)`, written where the cache's rows stand."""
-
-    is_sliding = False
-
-    def __init__(self, cache: "RowCache"):
-        super().__init__()
-        self.cache = cache
-
-    def lazy_initialization(self, key_states, value_states):
-        rows, heads = key_states.shape[:2]
-        self.keys = key_states.new_zeros(rows, heads, self.cache.capacity, key_states.shape[-1])
-        self.values = value_states.new_zeros(rows, heads, self.cache.capacity, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.cache.slots is None:
-            self.keys[:, :, : self.cache.width] = key_states
-            self.values[:, :, : self.cache.width] = value_states
-        else:
-            rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-            self.keys[rows, :, self.cache.slots] = key_states.transpose(1, 2)
-            self.values[rows, :, self.cache.slots] = value_states.transpose(1, 2)
-        return self.keys[:, :, : self.cache.width], self.values[:, :, : self.cache.width]
-
-    def get_mask_sizes(self, query_length):
-        return self.cache.width, 0
-
-    def get_seq_length(self):
-        return 0 if self.cache.slots is None else self.cache.width - self.cache.slots.shape[1]
-
-    def get_max_length(self):
-        return self.cache.capacity
-
-
-class RowCache(Cache):
-    """A key-value cache with one write position per row, so that a rejected token's slot is simply overwritten.
-
-    The prompt is written first, slots 0 to `width - 1`. From `at(slots, n)` on, the n new tokens of row r go to
-    `slots[r]` and after; whatever else stands to the right is hidden by the attention mask, which is the caller's.
-    """
-
-    def __init__(self, num_layers: int, prompt_width: int, capacity: int):
-        self.capacity, self.width = capacity, prompt_width
-        self.slots: Any = None  # `(rows, n)` int64 after the prompt
-        super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
-
-    def at(self, slots: torch.Tensor, n: int) -> int:
-        """Sets the first write positions `(rows,)` of the next n tokens; returns how many slots their forward sees."""
-        self.slots, self.width = slots[:, None] + torch.arange(n, device=slots.device), int(slots.max()) + n
-        return self.width
-
-    def move(self, rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """In each of these rows, copies the slot `source` over the slot `target`; `(N,)` each."""
-        for layer in self.layers:
-            layer.keys[rows, :, target] = layer.keys[rows, :, source]
-            layer.values[rows, :, target] = layer.values[rows, :, source]
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keeps these rows alone, in this order."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 class _Active(NamedTuple):

@@ -10,17 +10,10 @@ import torch
 from transformers import LogitsProcessorList, StopStringCriteria
 from transformers.utils import logging
 
-from .decoding import (
-    HiddenTap,
-    PooledTap,
-    PrefixGate,
-    StopRecorder,
-    candidate_decode,
-    growing_cache,
-    prefill,
-    read_common_start,
-)
+from .caches import growing_cache, prefill, read_common_start
+from .decoding import PrefixGate, StopRecorder, candidate_decode
 from .rollout import ProxyGenerateOutput, record_steps
+from .taps import HiddenTap, PooledTap
 
 logger = logging.get_logger(__name__)
 

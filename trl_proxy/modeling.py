@@ -22,11 +22,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from .candidates import Candidates, candidate_scalars
 from .card import proxy_card
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
-from .decoding import HiddenTap, propose_for, reader_of
+from .decoding import propose_for
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy, sha256_of
 from .rollout import Rollout
+from .taps import HiddenTap, reader_of
 
 
 @dataclass
@@ -108,8 +109,9 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                     f"The proxy was made for an LM with {key}={getattr(config, key)}, this one has {size}: "
                     "load it with the LM that it was trained on."
                 )
-        for layer in config.feature_layers:
-            reader_of(self.lm, layer)  # refuses what is not there
+        readers = [reader_of(self.lm, layer) for layer in config.feature_layers]
+        if len(set(readers)) < len(readers):
+            raise ValueError(f"`feature_layers` {config.feature_layers} names a layer twice: leave one of them out.")
         base = config.base_model_name_or_path or self.lm.config._name_or_path or None
         # A copy: the caller may make proxies over other LMs with the same configuration.
         sha256 = lm_sha256(self.lm) or config.base_model_sha256

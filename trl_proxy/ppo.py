@@ -9,7 +9,7 @@ from torch import nn
 
 from .actor_critic import ActorCriticTrainer
 from .config import PPOConfig
-from .decoding import record_body, without_peft
+from .taps import record_body, without_peft
 
 VALUE_HEAD_NAME = "value_head.safetensors"
 

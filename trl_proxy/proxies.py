@@ -34,7 +34,7 @@ class Proxy(nn.Module):
     def __init__(self, config: ProxyConfig):
         super().__init__()
         self.config = config
-        # As `decoding.HiddenTap` and `PooledTap` put them together: each layer's state, then each layer's mean state.
+        # As `taps.HiddenTap` and `PooledTap` put them together: each layer's state, then each layer's mean state.
         sizes: list[Any] = [config.hidden_size] * len(config.feature_layers) * (2 if config.pooled_features else 1)
         scalars = 0
         if config.features == "prefix":

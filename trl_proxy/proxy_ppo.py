@@ -69,6 +69,11 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 f"`temperature` is {args.temperature} in the training arguments and {model.proxy_config.temperature} "
                 "in the proxy: the proposals' temperature is the proxy's, set it in ProxyConfig alone."
             )
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ValueError(
+                "FSDP is not supported: it would cut the frozen LM into parts. Take "
+                "scripts/accelerate_configs/multi_gpu.yaml, and --load_in_4bit where the LM is too large for one GPU."
+            )
         if processing_class is not None and processing_class.eos_token_id is None:
             raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
         # RLOO's own `beta` would load a second LM as reference. Ours is the frozen LM: the rollout has its log-probs.

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from trl_proxy import PPOConfig, PPOTrainer, ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
-from trl_proxy.decoding import RowCache
+from trl_proxy.caches import RowCache
 
 ROOT = Path(__file__).parents[2]
 PROMPT, NEW = 40, 8

@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM, decoding, generation
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM, caches, decoding, generation
 
 FEATURES = ("prefix", "candidate")
 KINDS = ("llama", "gpt2", "qwen2")
@@ -209,7 +209,7 @@ def test_several_sequences_from_a_state_space_lm(tiny_lm, ragged_batch, monkeypa
 def test_the_cache_that_grows_in_place_holds_what_transformers_does(tiny_lm, data):
     """Whatever is done to it, in any order."""
     config = tiny_lm().config
-    ours, theirs = decoding.growing_cache(tiny_lm()), DynamicCache(config=config)
+    ours, theirs = caches.growing_cache(tiny_lm()), DynamicCache(config=config)
     generator, rows = torch.Generator().manual_seed(0), 3
     operations = ["append", "append", "append", "crop", "choose rows", "reorder", "repeat", "reset"]
     for _ in range(data.draw(st.integers(1, 12))):
@@ -239,7 +239,7 @@ def test_the_cache_that_grows_in_place_holds_what_transformers_does(tiny_lm, dat
 
 
 def test_a_cache_grows_without_copying_what_it_holds(tiny_lm):
-    layer = decoding.growing_cache(tiny_lm()).layers[0]
+    layer = caches.growing_cache(tiny_lm()).layers[0]
     keys, _ = layer.update(*torch.randn(2, 3, 2, 20, 16))
     place = keys.data_ptr()
     for _ in range(32):
@@ -266,9 +266,9 @@ def test_prompts_that_begin_alike(tiny_lm, ragged_batch, with_random_gate, data)
     config = ProxyConfig(p_t=0.02, pooled_features=data.draw(st.booleans()), feature_layers=[1, -1])
     model = with_random_gate(tiny_lm(data.draw(st.sampled_from([*KINDS, "gpt_neox", "mistral"]))), config, bias=-0.5)
     call = {"max_new_tokens": 6, "output_rollout": True, "num_return_sequences": data.draw(st.sampled_from([1, 3]))}
-    with mock.patch.object(decoding, "COMMON_TOKENS", 1):
+    with mock.patch.object(caches, "COMMON_TOKENS", 1):
         once = model.generate(**prompts, **call)
-    with mock.patch.object(decoding, "COMMON_TOKENS", 10**6):
+    with mock.patch.object(caches, "COMMON_TOKENS", 10**6):
         whole = model.generate(**prompts, **call)
     assert once.sequences.tolist() == whole.sequences.tolist()
     for name, ours, theirs in zip(once.rollout._fields, once.rollout, whole.rollout, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -653,6 +654,13 @@ def test_tokenizer_and_models_share_a_vocabulary(tiny_tokenizer, tiny_lm):
 def test_layers_that_the_lm_does_not_have(tiny_lm, layer):
     with pytest.raises(ValueError, match=f"`feature_layers` has {layer}, LlamaForCausalLM has 2 layers: take -3 to 2"):
         ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(feature_layers=[-1, layer]))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("layers", [[-1, 2], [0, -3]])
+def test_a_layer_by_two_names(tiny_lm, layers):
+    with pytest.raises(ValueError, match=f"`feature_layers` {re.escape(str(layers))} names a layer twice"):
+        ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(feature_layers=layers))
 
 
 @pytest.mark.fault

@@ -478,6 +478,14 @@ def test_bad_settings_are_one_sentence(train, config, message):
 
 
 @pytest.mark.fault
+def test_an_lm_in_parts_is_refused(train, monkeypatch):
+    """As `accelerate launch` says it."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not supported"):
+        train(call=False)
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
