@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir $(OUT)/proxy
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies $(OUT)/proxy \
-		--output_dir $(OUT)
+		--num_prompts 128 --output_dir $(OUT)
 	$(BIN)/python scripts/report.py $(OUT)
 
 # The table of the README: three seeds. `make compare` goes on from it.
