@@ -88,7 +88,7 @@ def plot_training_curve(runs: dict[str, TrainingLog], path: str | os.PathLike, *
         ValueError: if a log has no reward.
     """
     with plt.rc_context(drawing.RC):
-        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        figure, axis = plt.subplots(figsize=(7, 4 + 0.3 * len(runs)), layout="constrained")
         for i, (name, run) in enumerate(runs.items()):
             color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
             train, evaluations = _logged(run, "reward"), training_points(*run, "eval_reward")
@@ -101,7 +101,7 @@ def plot_training_curve(runs: dict[str, TrainingLog], path: str | os.PathLike, *
                 axis.plot(*evaluations.T, drawing.MARKERS[i % 7], label=label, **look)
         axis.set_xlabel("training episodes")
         axis.set_ylabel("mean reward")
-        axis.legend(handlelength=3)
+        figure.legend(loc="outside upper center", handlelength=3)  # over the curves it would hide some
         return drawing.save(figure, path)
 
 
