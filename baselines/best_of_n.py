@@ -53,6 +53,7 @@ def best_of(samples: Samples, n: int) -> Completions:
         token_ids=[samples.token_ids[k][i] for i, k in enumerate(best)],
         seconds=sum(samples.seconds[:n]),
         lm_forwards=sum(len(ids) for sample in samples.token_ids[:n] for ids in sample),
+        reward_calls=n * len(best),
     )
 
 

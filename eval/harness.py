@@ -91,6 +91,8 @@ class Record(Run):
     response_tokens_mean: float
     distinct_2: float | None
     lm_forwards_per_token: float | None
+    lm_tokens_per_response: float | None  # what an answer costs: tokens that went through the LM ...
+    reward_calls_per_response: float | None  # ... and responses that a reward scored
     tokens_per_second: float
     tokens_per_second_sft: float | None  # of the same run: a ratio across runs says nothing on a busy machine
     reject_rate: float | None
@@ -128,7 +130,8 @@ def read_record(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no whole JSON file ({error}): delete it and evaluate again.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} is no record but a JSON {type(record).__name__}: delete it and evaluate again.")
-    record.setdefault("trace", None)  # records had none once, and can do without
+    for name in ("trace", "lm_tokens_per_response", "reward_calls_per_response"):
+        record.setdefault(name, None)  # records had none once, and can do without
     if missing := Record.__dataclass_fields__.keys() - record.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
     for name in ("rewards", "responses", "prompts", "gold_rewards", "kinds", "trace"):
@@ -286,6 +289,8 @@ def evaluate_completions(
         response_tokens_mean=n_tokens / len(texts),
         distinct_2=distinct_n(texts, 2),
         lm_forwards_per_token=completions.lm_forwards / n_tokens,
+        lm_tokens_per_response=completions.lm_forwards / len(texts),
+        reward_calls_per_response=completions.reward_calls / len(texts),
         tokens_per_second=speed,
         tokens_per_second_sft=speed if run.method == "sft" else tokens_per_second_sft,
         reject_rate=completions.stats.get("reject_rate"),

@@ -54,14 +54,17 @@ CAPTIONS = {
     "training_curve": "Reward while training.",
     "over_optimisation": "Training reward and a reward that is not trained on, while training.",
 }
+SECONDS_PER_1000 = "seconds_per_1000_episodes"  # of the columns the one that is no key of the records
 PARAMETER_COLUMNS = {
     "trainable": ("trainable_parameters", ",.0f", "Parameters that training changes."),
     "total": ("total_parameters", ",.0f", "Parameters of the LM and what is added to it."),
     "file, MB": ("adapter_bytes", ".1f", "Size of what is saved beside the LM."),
     "episodes": ("episodes", ",.0f", "Responses that were sampled and scored in training."),
     "training, s": ("train_seconds", ",.0f", "Seconds of training."),
+    "s / 1,000 episodes": (SECONDS_PER_1000, ",.0f", "Seconds of training that 1,000 episodes take."),
     "peak memory, MB": ("train_peak_memory_mb", ",.0f", "Largest memory of training, all processes together."),
     "tokens": ("response_tokens_mean", ".1f", "Mean length of a response in tokens."),
+    "reward calls": ("reward_calls_per_response", ".0f", "Responses that the reward scored for one answer."),
     "rejected": ("reject_rate", ".0%", "Share of the gate's decisions that reject a proposal."),
     "accepted rank": ("accepted_rank_mean", ".2f", "Mean rank of the accepted proposal; 0 is the LM's first choice."),
     "KL to LM": (
@@ -96,7 +99,11 @@ def parameter_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     for name, group in group_records(records).items():
         row = [name]
         for key, form, _ in PARAMETER_COLUMNS.values():
-            value = mean_over_seeds(group, key)
+            if key == SECONDS_PER_1000:
+                seconds, episodes = mean_over_seeds(group, "train_seconds"), mean_over_seeds(group, "episodes")
+                value = 1000 * seconds / episodes if seconds is not None and episodes else None
+            else:
+                value = mean_over_seeds(group, key)
             if key == "adapter_bytes" and value is not None:
                 value /= 1e6
             row.append("n/a" if value is None else format(value, form))

@@ -1,7 +1,7 @@
 """Draws the figures of a comparison again and writes it as one HTML page, from its records alone.
 
     python scripts/report.py outputs/compare
-    python scripts/report.py outputs/results --trained outputs/results/seed0 outputs/results/seed1
+    python scripts/report.py outputs/compare_smollm2_cpu --trained outputs/smollm2_cpu
     python scripts/report.py outputs/compare --sweeps p_t=outputs/sweep-p_t temperature=outputs/sweep-temperature
 
 The page, `<output_dir>/report.html`, needs nothing else: send it, open it, print it. Folders of trained proxies and

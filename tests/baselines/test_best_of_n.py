@@ -37,6 +37,7 @@ def test_best_of_takes_the_best_of_the_first_n():
     one, two, three = (best_of(samples, n) for n in (1, 2, 3))
     assert (one.texts, one.seconds, one.lm_forwards) == (["a0", "b0"], 1.0, 3)
     assert (two.texts, two.seconds, two.lm_forwards) == (["a0", "b1"], 3.0, 5)  # the first of equal ones
+    assert [one.reward_calls, two.reward_calls, three.reward_calls] == [2, 4, 6]
     assert (three.texts, three.token_ids) == (["a2", "b1"], [[5, 5], [4]])
     for n in (0, 4):
         with pytest.raises(ValueError, match=f"between 1 and the 3 samples that were drawn, got {n}"):

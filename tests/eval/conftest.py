@@ -50,6 +50,8 @@ def make_record():
             "response_tokens_mean": 4.0,
             "distinct_2": 0.5,
             "lm_forwards_per_token": 1.0,
+            "lm_tokens_per_response": 4.0,
+            "reward_calls_per_response": 0.0,
             "tokens_per_second": 50.0,
             "tokens_per_second_sft": 100.0,
             "reject_rate": None,

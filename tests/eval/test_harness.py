@@ -115,6 +115,7 @@ def test_sft_record(evaluate):
     assert all(record[key] is None for key in not_applicable)
     assert record["tokens_per_second"] == record["tokens_per_second_sft"] == 18 / 2  # a token per character
     assert record["lm_forwards_per_token"] == 3.0
+    assert (record["lm_tokens_per_response"], record["reward_calls_per_response"]) == (3 * 18 / 4, 0)
     assert record["response_tokens_mean"] == 18 / 4
     assert {kind: values["refusal_rate"] for kind, values in record["by_kind"].items()} == {
         "everyday": 0.0,

@@ -93,7 +93,14 @@ def test_parameter_table(records):
         "2.0",
         "70",
     )
-    assert proxy["episodes"] == proxy["rejected"] == "n/a"
+    assert proxy["episodes"] == proxy["s / 1,000 episodes"] == proxy["rejected"] == "n/a"
+    assert proxy["reward calls"] == "0"
+
+
+def test_parameter_table_gives_the_seconds_of_1000_episodes(make_record):
+    seeds = [make_record("proxy", [1.0], seed=k, episodes=500, train_seconds=60.0 + 20 * k) for k in (0, 1)]
+    headers, (row,) = parameter_table(seeds)
+    assert dict(zip(headers, row, strict=True))["s / 1,000 episodes"] == "140"
 
 
 def test_settings_table_has_a_column_per_run_and_no_empty_row():
