@@ -59,7 +59,7 @@ PARAMETER_COLUMNS = {
     "trainable": ("trainable_parameters", ",.0f", "Parameters that training changes."),
     "total": ("total_parameters", ",.0f", "Parameters of the LM and what is added to it."),
     "file, MB": ("adapter_bytes", ".1f", "Size of what is saved beside the LM."),
-    "episodes": ("episodes", ",.0f", "Responses that were sampled and scored in training."),
+    "episodes": ("episodes", ",.0f", "Responses that were sampled and scored in training; of DPO, pairs."),
     "training, s": ("train_seconds", ",.0f", "Seconds of training."),
     "s / 1,000 episodes": (SECONDS_PER_1000, ",.0f", "Seconds of training that 1,000 episodes take."),
     "peak memory, MB": ("train_peak_memory_mb", ",.0f", "Largest memory of training, all processes together."),

@@ -66,7 +66,7 @@ def kind_title(kind: str) -> str:
 
 
 def delta_over_seeds(
-    group: list[dict], sft: dict | None, kind: str | None = None
+    group: list[dict], sft: dict | None, kind: str | None = None, gold: bool = False
 ) -> tuple[float, Interval | None] | None:
     """Mean paired gain over SFT of one method's seeds and its interval; None where there is nothing to pair with.
 
@@ -74,14 +74,16 @@ def delta_over_seeds(
         group: records of one method and variant.
         sft: the SFT record.
         kind: prompts of this kind only.
+        gold: by the reward that no method trains on.
     """
-    if sft is None or group[0]["method"] == "sft":
+    name = "gold_rewards" if gold else "rewards"
+    if sft is None or group[0]["method"] == "sft" or None in [record[name] for record in [sft, *group]]:
         return None
     if len(group) == 1:
-        source = group[0] if kind is None else group[0]["by_kind"][kind]
-        return source["delta_vs_sft"], source["delta_ci95"]
+        source, prefix = group[0] if kind is None else group[0]["by_kind"][kind], "gold_" if gold else ""
+        return source[f"{prefix}delta_vs_sft"], source[f"{prefix}delta_ci95"]
     rows = [i for i in range(sft["n_prompts"]) if kind is None or sft["kinds"][i] == kind]
-    deltas = np.stack([paired_delta(record["rewards"], sft["rewards"])[rows] for record in group])  # (seeds, prompts)
+    deltas = np.stack([paired_delta(record[name], sft[name])[rows] for record in group])  # (seeds, prompts)
     return float(deltas.mean()), seeds_mean_ci(deltas)
 
 
@@ -145,8 +147,8 @@ def tables(records: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
     costs += ["LM log-prob", "LM forwards", "speed"]
     gain_rows, cost_rows = [], []
     for name, group in group_records(records).items():
-        delta = delta_over_seeds(group, sft) or (None, None)
-        win_rate = win_rate_over_seeds(group, sft) or (None, None)
+        nothing = (None, None)
+        win_rate = win_rate_over_seeds(group, sft) or nothing
         refusals = [mean_over_seeds(group, "by_kind", kind, "refusal_rate") for kind in kinds] or [
             mean_over_seeds(group, "refusal_rate")
         ]
@@ -156,10 +158,10 @@ def tables(records: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
                 name,
                 str(len(group)),
                 _number(mean_over_seeds(group, "reward_mean"), ".2f"),
-                with_interval(*delta, "+.2f"),
+                with_interval(*(delta_over_seeds(group, sft) or nothing), "+.2f"),
                 with_interval(*win_rate, ".2f"),
-                *[_number((delta_over_seeds(group, sft, kind) or (None,))[0], "+.2f") for kind in kinds],
-                _number(mean_over_seeds(group, "gold_delta_vs_sft"), "+.2f"),
+                *[with_interval(*(delta_over_seeds(group, sft, kind) or nothing), "+.2f") for kind in kinds],
+                with_interval(*(delta_over_seeds(group, sft, gold=True) or nothing), "+.2f"),
             ]
         )
         cost_rows.append(
@@ -192,7 +194,7 @@ def print_table(
 def print_tables(records: list[dict], console: Console | None = None) -> None:
     """The comparison in the terminal."""
     if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=120)
+        console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(_title(records))
     for headers, rows in tables(records):
         print_table(headers, rows, console=console)

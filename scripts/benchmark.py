@@ -1,12 +1,13 @@
 """Speed and memory of gated decoding beside the LM's own `generate`, interleaved in one run.
 
-    python scripts/benchmark.py --output_dir outputs/benchmark          # half an hour on two CPU cores
+    python scripts/benchmark.py --output_dir outputs/benchmark          # half an hour on two CPU cores with bfloat16
     python scripts/benchmark.py --quick --output_dir outputs/benchmark  # under five minutes
 
 In every cell of a grid (rows of the batch, prompt length, new tokens, share of decisions that reject) all methods
 decode the same prompts in turn, several times; a ratio is the median over the rounds of tokens a second over plain
 sampling's in the same round. Ratios are what counts: absolute figures depend on the machine and its load. Peak memory
-is that of a fresh process for each way of running, the interpreter and its libraries left out.
+is that of a fresh process for each way of running, the interpreter and its libraries left out. What an interrupted run
+has measured is kept: the same command goes on.
 """
 
 import json
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -289,12 +290,12 @@ def _forget_peak() -> None:
         pass
 
 
-def measure_memory(args: BenchmarkArguments) -> dict[str, int | None]:
-    """Peak bytes by way of running, each in a process of its own."""
-    found = {}
+def measure_memory(args: BenchmarkArguments, found: dict[str, int | None]) -> Iterator[None]:
+    """Adds peak bytes by way of running, each of a process of its own; yields after each."""
     for four_bit in PRECISIONS[:1] if args.quick else PRECISIONS:
         for way in MEMORY:
-            if args.quick and way == "candidate":
+            name = f"{way}{', 4 bit' if four_bit else ''}"
+            if name in found or (args.quick and way == "candidate"):
                 continue
             command = [sys.executable, __file__, "--memory", way, "--load_in_4bit", str(four_bit)]
             command += ["--model_name_or_path", args.model_name_or_path, "--dtype", args.dtype]
@@ -304,8 +305,8 @@ def measure_memory(args: BenchmarkArguments) -> dict[str, int | None]:
             child = subprocess.run(command, capture_output=True, text=True, env=environment)
             if child.returncode:
                 raise ValueError(f"the memory of {way} could not be measured: {child.stderr.strip()[-500:]}")
-            found[f"{way}{', 4 bit' if four_bit else ''}"] = json.loads(child.stdout.strip().splitlines()[-1])
-    return found
+            found[name] = json.loads(child.stdout.strip().splitlines()[-1])
+            yield
 
 
 # Results
@@ -374,27 +375,36 @@ def main(args: BenchmarkArguments) -> dict:
     if torch.cuda.is_available():
         lm.to("cuda")
     models = {name: ProxyModelForCausalLM(lm, config) for name, config in CONFIGS.items()}
-    cells = []
-    points = grid(args)
+    settings = {"arguments": asdict(args), "threads": torch.get_num_threads(), "versions": package_versions()}
+    path = os.path.join(args.output_dir, "benchmark.json")
+    unfinished = path + ".unfinished"
+    results = _read_unfinished(unfinished, settings) or {**settings, "cells": [], "memory": {}}
+    cells, memory = results["cells"], results["memory"]
+    points = grid(args)[len(cells) :]
     with tqdm(total=len(points) * (args.rounds + 1), desc="rounds", unit="round") as progress:
         for cell in points:
             cells.append({**asdict(cell), "methods": measure(cell, models, tokenizer, args.rounds, progress)})
-    memory = measure_memory(args)
-    results = {
-        "arguments": asdict(args),
-        "threads": torch.get_num_threads(),
-        "versions": package_versions(),
-        "cells": cells,
-        "memory": memory,
-        "ratios": summarise(cells, memory),
-    }
-    write_text(os.path.join(args.output_dir, "benchmark.json"), json.dumps(results, indent=1))
+            write_text(unfinished, json.dumps(results, indent=1))
+    for _ in measure_memory(args, memory):
+        write_text(unfinished, json.dumps(results, indent=1))
+    results["ratios"] = summarise(cells, memory)
+    write_text(path, json.dumps(results, indent=1))
+    os.remove(unfinished)
     print_tables(cells, memory, results["ratios"])
     if not args.quick:
         print(plot_benchmark(cells, os.path.join(args.output_dir, "benchmark")))
     return results
 
 
+def _read_unfinished(path: str, settings: dict) -> dict | None:
+    """What a run with the same settings had measured when it was interrupted."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        results = json.load(file)
+    return results if all(results[key] == value for key, value in settings.items()) else None
+
+
 if __name__ == "__main__":
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__.partition("\n")[0])
-    run_script("benchmark", lambda: main(*parser.parse_args_into_dataclasses()))
+    run_script("benchmark", lambda: main(*parser.parse_args_into_dataclasses()), goes_on=True)

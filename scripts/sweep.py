@@ -181,7 +181,7 @@ def table(args: SweepArguments) -> tuple[list[str], list[list[str]]]:
     rows = []
     for values, group in groups.items():
         row = [*map(str, values), str(len(group)), with_interval(*delta_over_seeds(group, sft), "+.2f")]
-        row += [f"{delta_over_seeds(group, sft, kind)[0]:+.2f}" for kind in kinds]
+        row += [with_interval(*delta_over_seeds(group, sft, kind), "+.2f") for kind in kinds]
         row += [f"{mean_over_seeds(group, 'by_kind', kind, 'refusal_rate'):.0%}" for kind in kinds]
         row.append(f"{mean_over_seeds(group, 'lm_logprob_per_token'):.2f}")
         seconds = mean_over_seeds(group, "train_seconds")

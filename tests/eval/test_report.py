@@ -57,6 +57,15 @@ def test_delta_over_seeds(records):
     assert delta_over_seeds(proxies[:1], sft) == (0.25, mean_ci([1, 1, 0, -1]))
     assert delta_over_seeds([sft], sft) is None
     assert delta_over_seeds(proxies, None) is None
+    assert delta_over_seeds(proxies, sft, gold=True) is None
+
+
+def test_gold_gain_over_seeds(make_record):
+    sft = make_record("sft", [1.0, 2.0, 1.0, 2.0], gold_rewards=[0.0, 0.0, 0.0, 0.0])
+    seeds = [make_record("proxy", [1.0] * 4, sft, seed=k, gold_rewards=[k, k, 2 * k, 2 * k]) for k in (1, 2)]
+    assert delta_over_seeds(seeds, sft, gold=True) == (2.25, seeds_mean_ci([[1, 1, 2, 2], [2, 2, 4, 4]]))
+    one = {**seeds[0], "gold_delta_vs_sft": 1.5, "gold_delta_ci95": [1.0, 2.0]}
+    assert delta_over_seeds([one], sft, gold=True) == (1.5, [1.0, 2.0])
 
 
 def test_table_cells(records):
@@ -67,9 +76,12 @@ def test_table_cells(records):
     best_of_2 = gain_rows[1]
     assert best_of_2[:4] == ["best_of_n (n=2)", "1", "1.75", f"+0.25 [{low:+.2f}, {high:+.2f}]"]
     assert best_of_2[4].startswith("0.75 [0.30, 0.95]")  # 2 wins and 2 ties of 4: Wilson
-    assert best_of_2[5:7] == ["+0.25", "+0.25"]
+    assert [cell[:6] for cell in best_of_2[5:7]] == ["+0.25 ", "+0.25 "]
+    assert best_of_2[7] == "n/a"
     assert gain_rows[3][:3] == ["proxy (prefix)", "2", "2.50"]
-    assert gain_rows[3][4:7] == ["0.81 [0.00, 1.00]", "+1.50", "+0.50"]  # two seeds, not beyond what a rate can be
+    assert gain_rows[3][4] == "0.81 [0.00, 1.00]"  # two seeds, not beyond what a rate can be
+    low, high = seeds_mean_ci([[1, 1], [2, 2]])
+    assert gain_rows[3][5] == f"+1.50 [{low:+.2f}, {high:+.2f}]"
     assert costs[1:4] == ["trainable", "refusals everyday", "refusals harm-adjacent"]
     assert cost_rows[0] == ["sft", "0", "0%", "0%", "-1.00", "1.00", "1.00"]
     assert cost_rows[3] == ["proxy (prefix)", "1,000 (1.00%)", "0%", "0%", "-1.00", "1.00", "0.50"]
@@ -86,7 +98,7 @@ def test_tables_without_sft_and_without_kinds(make_record):
 
 def test_the_terminal_shows_every_cell(records):
     buffer = io.StringIO()
-    print_tables(records, Console(file=buffer, width=140))
+    print_tables(records, Console(file=buffer, width=160))
     shown = buffer.getvalue()
     for _, rows in tables(records):
         for cell in {cell for row in rows for cell in row}:

@@ -65,6 +65,29 @@ def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
 
 
+@pytest.mark.fault
+def test_an_interrupted_run_goes_on(script, tiny_arguments, tmp_path, monkeypatch):
+    measured, measure = [], script.measure
+
+    def interrupted(cell, *args):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return measure(cell, *args)
+
+    monkeypatch.setattr(script, "MEMORY", ())
+    monkeypatch.setattr(script, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(tiny_arguments())
+    monkeypatch.setattr(script, "measure", lambda cell, *args: [measured.append(cell), measure(cell, *args)][1])
+    found = script.main(tiny_arguments())
+    assert measured == script.grid(tiny_arguments())
+    assert len(found["cells"]) == len(measured)
+    assert [path.name for path in (tmp_path / "out").glob("*.json*")] == ["benchmark.json"]
+    script.main(tiny_arguments())
+    assert len(measured) == 2 * len(found["cells"]), "a finished benchmark is measured again"
+
+
 @pytest.mark.parametrize("way", ["prefix", "train"])
 def test_memory_in_4_bit(script, tiny_arguments, way, capsys):
     found = script.main(tiny_arguments(memory=way, load_in_4bit=True))
