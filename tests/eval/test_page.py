@@ -98,7 +98,7 @@ def test_parameter_table(records):
 
 
 def test_parameter_table_gives_the_seconds_of_1000_episodes(make_record):
-    seeds = [make_record("proxy", [1.0], seed=k, episodes=500, train_seconds=60.0 + 20 * k) for k in (0, 1)]
+    seeds = [make_record("proxy", [1.0] * 4, seed=k, episodes=500, train_seconds=60.0 + 20 * k) for k in (0, 1)]
     headers, (row,) = parameter_table(seeds)
     assert dict(zip(headers, row, strict=True))["s / 1,000 episodes"] == "140"
 
