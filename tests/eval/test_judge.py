@@ -23,7 +23,7 @@ from eval.judge import (
 from eval.likelihood import next_token_logprobs
 from eval.stats import win_rate
 
-RECORDS = Path(__file__).parents[2] / "docs" / "records" / "results"
+RECORDS = Path(__file__).parents[1] / "records" / "balanced"
 SHORT = Template("($prompt) A: $response_a B: $response_b Better?")
 
 

@@ -15,7 +15,7 @@ from eval.page import render_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 
-RESULTS = Path(__file__).parents[2] / "docs" / "records" / "results"
+RESULTS = Path(__file__).parents[1] / "records" / "balanced"
 HOSTILE = "<script>window.pwned=1</script> </script><img src=x onerror=window.pwned=1> {{7*7}}"
 LONG_WORD = "Donaudampfschifffahrt" * 40
 

@@ -29,7 +29,7 @@ def records(tmp_path) -> dict[str, dict]:
     """A few prompts of four real records under `tmp_path`, by name, no response like SFT's; `None`: no such record."""
     names = {"sft": "sft-seed0", "best": "best_of_n-n=4-seed0"}
     names |= {f"proxy{k}": f"proxy-prefix_pooled_features=True-seed{k}" for k in (0, 1)}
-    folder = ROOT / "docs" / "records" / "results"
+    folder = ROOT / "tests" / "records" / "balanced"
     found = {name: json.loads((folder / f"{stem}.json").read_text(encoding="utf-8")) for name, stem in names.items()}
     sft, *others = (record["responses"] for record in found.values())
     rows = [i for i, response in enumerate(sft) if all(response != other[i] for other in others)][:N]

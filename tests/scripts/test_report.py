@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig
 
-RESULTS = Path(__file__).parents[2] / "docs" / "records" / "results-harmless"
+RESULTS = Path(__file__).parents[1] / "records" / "harmless"
 
 
 @pytest.fixture(scope="module")
