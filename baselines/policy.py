@@ -37,18 +37,18 @@ class Completions:
         seconds: wall-clock time of everything the method needed (encoding, decoding, for best-of-n also scoring).
         lm_forwards: forwards of the LM, counted per row and while the row was unfinished: n tokens of plain decoding
             are n, whatever the batch. For best-of-n those of all samples.
-        reward_calls: responses that a reward scored for the method to answer: n per prompt for best-of-n.
         stats: what only some methods have: `reject_rate`, `accepted_rank_mean`.
         trace: of a proxy, for every token of every response its text and the texts that were rejected before it.
+        reward_calls: responses that a reward scored for the method to answer: n per prompt for best-of-n.
     """
 
     texts: list[str]
     token_ids: list[list[int]]
     seconds: float
     lm_forwards: int
-    reward_calls: int = 0
     stats: dict[str, float | None] = field(default_factory=dict)
     trace: list[list[tuple[str, list[str]]]] | None = None
+    reward_calls: int = 0
 
 
 class Policy(Protocol):
