@@ -145,9 +145,8 @@ def tables(records: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
     ]
     costs = ["method", "trainable", *[f"refusals {kind_title(kind)}" for kind in kinds or ["all"]]]
     costs += ["LM log-prob", "LM forwards", "speed"]
-    gain_rows, cost_rows = [], []
+    gain_rows, cost_rows, nothing = [], [], (None, None)
     for name, group in group_records(records).items():
-        nothing = (None, None)
         win_rate = win_rate_over_seeds(group, sft) or nothing
         refusals = [mean_over_seeds(group, "by_kind", kind, "refusal_rate") for kind in kinds] or [
             mean_over_seeds(group, "refusal_rate")

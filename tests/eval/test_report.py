@@ -76,12 +76,13 @@ def test_table_cells(records):
     best_of_2 = gain_rows[1]
     assert best_of_2[:4] == ["best_of_n (n=2)", "1", "1.75", f"+0.25 [{low:+.2f}, {high:+.2f}]"]
     assert best_of_2[4].startswith("0.75 [0.30, 0.95]")  # 2 wins and 2 ties of 4: Wilson
-    assert [cell[:6] for cell in best_of_2[5:7]] == ["+0.25 ", "+0.25 "]
-    assert best_of_2[7] == "n/a"
+    intervals = [mean_ci(deltas) for deltas in ([0.5, 0], [0, 0.5])]
+    assert best_of_2[5:] == [*(f"+0.25 [{low:+.2f}, {high:+.2f}]" for low, high in intervals), "n/a"]
     assert gain_rows[3][:3] == ["proxy (prefix)", "2", "2.50"]
     assert gain_rows[3][4] == "0.81 [0.00, 1.00]"  # two seeds, not beyond what a rate can be
     low, high = seeds_mean_ci([[1, 1], [2, 2]])
     assert gain_rows[3][5] == f"+1.50 [{low:+.2f}, {high:+.2f}]"
+    assert gain_rows[3][6].startswith("+0.50 [")
     assert costs[1:4] == ["trainable", "refusals everyday", "refusals harm-adjacent"]
     assert cost_rows[0] == ["sft", "0", "0%", "0%", "-1.00", "1.00", "1.00"]
     assert cost_rows[3] == ["proxy (prefix)", "1,000 (1.00%)", "0%", "0%", "-1.00", "1.00", "0.50"]
