@@ -23,16 +23,18 @@ from baselines.best_of_n import BestOfNPolicy
 from baselines.reward_model import load_callable_reward
 from baselines.training import LoraModelConfig
 from trl_proxy.checkpoints import AtomicCheckpoints
+from trl_proxy.config import RewardTimeout
 from trl_proxy.defaults import load_prompts
 from trl_proxy.files import write_text
-from trl_proxy.rewards import check_rewards, to_text
+from trl_proxy.guards import GuardedReward, RewardError
+from trl_proxy.rewards import to_text
 from trl_proxy.runs import RunArguments, begin, fit, load_policy, reward_names, to_device
 
 PAIRS_FILE = "pairs.json"
 
 
 @dataclass
-class DPOArguments(RunArguments):
+class DPOArguments(RewardTimeout, RunArguments):
     """Where DPO's preference pairs come from."""
 
     pairs: Literal["sampled", "dataset"] = field(
@@ -102,8 +104,9 @@ class WeightedReward:
 
     __name__ = "weighted reward"
 
-    def __init__(self, rewards: list[Callable], weights: list[float] | None):
-        self.rewards, self.weights = rewards, weights or [1.0] * len(rewards)
+    def __init__(self, rewards: list[Callable], weights: list[float] | None, timeout: float | None):
+        self.rewards = [GuardedReward(reward, reward.__name__, len(rewards) > 1, timeout) for reward in rewards]
+        self.weights = weights or [1.0] * len(rewards)
         if len(self.weights) != len(rewards):
             raise ValueError(f"`reward_weights` has {len(self.weights)} weights for {len(rewards)} rewards.")
 
@@ -111,10 +114,9 @@ class WeightedReward:
         totals = [0.0] * len(prompts)
         for reward, weight in zip(self.rewards, self.weights, strict=True):
             values = reward(prompts=prompts, completions=completions, **columns)
-            if len(self.rewards) > 1:
-                values = [0.0 if value is None else value for value in values]
-            for i, value in enumerate(check_rewards(values, len(prompts), prompts, reward.__name__)):
-                totals[i] += weight * value
+            if reward.error:
+                raise RewardError(reward.error)
+            totals = [total + weight * float(value or 0.0) for total, value in zip(totals, values, strict=True)]
         return totals
 
 
@@ -150,7 +152,7 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
             to_device(lm, state.device),
             tokenizer,
             mine,
-            WeightedReward(rewards, run_args.reward_weights),
+            WeightedReward(rewards, run_args.reward_weights, run_args.reward_timeout),
             samples_per_prompt=run_args.samples_per_prompt,
             batch_size=run_args.sampling_batch_size,
             max_new_tokens=run_args.max_completion_length,

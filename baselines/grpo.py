@@ -1,18 +1,27 @@
 """GRPO: group relative policy optimisation of the LM itself (Shao et al. 2024, arXiv 2402.03300), by TRL."""
 
+from dataclasses import dataclass
+
 from trl import GRPOConfig, GRPOTrainer
 
 from baselines.training import LoraModelConfig, train_on_reward
-from trl_proxy.checkpoints import AtomicCheckpoints
+from trl_proxy.config import RewardTimeout
+from trl_proxy.guards import GuardedRewards
 from trl_proxy.runs import RunArguments
 
-CONFIGS = (RunArguments, GRPOConfig, LoraModelConfig)
+
+@dataclass
+class GuardedGRPOConfig(RewardTimeout, GRPOConfig):
+    """[`~trl.GRPOConfig`] with a limit on the reward functions' time."""
 
 
-class AtomicGRPOTrainer(AtomicCheckpoints, GRPOTrainer):
-    """[`~trl.GRPOTrainer`] with checkpoints in one step."""
+CONFIGS = (RunArguments, GuardedGRPOConfig, LoraModelConfig)
 
 
-def train(run_args: RunArguments, training_args: GRPOConfig, model_args: LoraModelConfig) -> GRPOTrainer:
+class GuardedGRPOTrainer(GuardedRewards, GRPOTrainer):
+    """[`~trl.GRPOTrainer`] with checkpoints in one step, one of them where a reward fails."""
+
+
+def train(run_args: RunArguments, training_args: GuardedGRPOConfig, model_args: LoraModelConfig) -> GRPOTrainer:
     """See [`train_on_reward`]."""
-    return train_on_reward("grpo", AtomicGRPOTrainer, run_args, training_args, model_args)
+    return train_on_reward("grpo", GuardedGRPOTrainer, run_args, training_args, model_args)

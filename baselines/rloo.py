@@ -1,19 +1,28 @@
 """RLOO: REINFORCE with a leave-one-out baseline on the language model itself (Ahmadian et al. 2024, arXiv 2402.14740),
 by TRL."""
 
+from dataclasses import dataclass
+
 from trl import RLOOConfig, RLOOTrainer
 
 from baselines.training import LoraModelConfig, train_on_reward
-from trl_proxy.checkpoints import AtomicCheckpoints
+from trl_proxy.config import RewardTimeout
+from trl_proxy.guards import GuardedRewards
 from trl_proxy.runs import RunArguments
 
-CONFIGS = (RunArguments, RLOOConfig, LoraModelConfig)
+
+@dataclass
+class GuardedRLOOConfig(RewardTimeout, RLOOConfig):
+    """[`~trl.RLOOConfig`] with a limit on the reward functions' time."""
 
 
-class AtomicRLOOTrainer(AtomicCheckpoints, RLOOTrainer):
-    """[`~trl.RLOOTrainer`] with checkpoints in one step."""
+CONFIGS = (RunArguments, GuardedRLOOConfig, LoraModelConfig)
 
 
-def train(run_args: RunArguments, training_args: RLOOConfig, model_args: LoraModelConfig) -> RLOOTrainer:
+class GuardedRLOOTrainer(GuardedRewards, RLOOTrainer):
+    """[`~trl.RLOOTrainer`] with checkpoints in one step, one of them where a reward fails."""
+
+
+def train(run_args: RunArguments, training_args: GuardedRLOOConfig, model_args: LoraModelConfig) -> RLOOTrainer:
     """See [`train_on_reward`]."""
-    return train_on_reward("rloo", AtomicRLOOTrainer, run_args, training_args, model_args)
+    return train_on_reward("rloo", GuardedRLOOTrainer, run_args, training_args, model_args)

@@ -28,6 +28,8 @@ from trl_proxy.files import write_text
 from trl_proxy.rewards import to_text
 from trl_proxy.runs import installed_version
 
+# The keys of a record that have an entry for every prompt
+PER_PROMPT = ("rewards", "responses", "prompts", "gold_rewards", "kinds", "trace")
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes", "trl-proxy")
 
 
@@ -134,7 +136,7 @@ def read_record(path: str | os.PathLike) -> dict:
         record.setdefault(name, None)  # records had none once, and can do without
     if missing := Record.__dataclass_fields__.keys() - record.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
-    for name in ("rewards", "responses", "prompts", "gold_rewards", "kinds", "trace"):
+    for name in PER_PROMPT:
         values, expected = record[name], record["n_prompts"]
         if values is not None and len(values) != expected:
             raise ValueError(f"{path} has {len(values)} {name} for {expected} prompts: delete it and evaluate again.")
@@ -151,6 +153,16 @@ def read_records(output_dir: str | os.PathLike) -> list[dict]:
     if not paths:
         raise ValueError(f"no records under {Path(output_dir) / 'records'}: run scripts/compare.py first.")
     return [read_record(path) for path in paths]
+
+
+def write_summaries(output_dir: str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
+    """Writes the records of `output_dir` to `folder`, by the same names, without what they say of single prompts."""
+    paths = []
+    for path in sorted((Path(output_dir) / "records").glob("*.json")):
+        summary = {key: value for key, value in read_record(path).items() if key not in PER_PROMPT}
+        paths.append(Path(folder) / path.name)
+        write_text(paths[-1], json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return paths
 
 
 def prompts_sha256(prompts: list) -> str:

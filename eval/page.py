@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,21 +55,45 @@ CAPTIONS = {
     "training_curve": "Reward while training.",
     "over_optimisation": "Training reward and a reward that is not trained on, while training.",
 }
-SECONDS_PER_1000 = "seconds_per_1000_episodes"  # of the columns the one that is no key of the records
+
+
+def _mean(key: str, unit: float = 1.0) -> Callable[[list[dict]], float | None]:
+    """Of a method's records: the mean of `key` over its seeds in `unit`, None where a record has none."""
+
+    def of(group: list[dict]) -> float | None:
+        value = mean_over_seeds(group, key)
+        return None if value is None else value / unit
+
+    return of
+
+
+def _seconds_per_1000_episodes(group: list[dict]) -> float | None:
+    seconds, episodes = mean_over_seeds(group, "train_seconds"), mean_over_seeds(group, "episodes")
+    return 1000 * seconds / episodes if seconds is not None and episodes else None
+
+
 PARAMETER_COLUMNS = {
-    "trainable": ("trainable_parameters", ",.0f", "Parameters that training changes."),
-    "total": ("total_parameters", ",.0f", "Parameters of the LM and what is added to it."),
-    "file, MB": ("adapter_bytes", ".1f", "Size of what is saved beside the LM."),
-    "episodes": ("episodes", ",.0f", "Responses that were sampled and scored in training; of DPO, pairs."),
-    "training, s": ("train_seconds", ",.0f", "Seconds of training."),
-    "s / 1,000 episodes": (SECONDS_PER_1000, ",.0f", "Seconds of training that 1,000 episodes take."),
-    "peak memory, MB": ("train_peak_memory_mb", ",.0f", "Largest memory of training, all processes together."),
-    "tokens": ("response_tokens_mean", ".1f", "Mean length of a response in tokens."),
-    "reward calls": ("reward_calls_per_response", ".0f", "Responses that the reward scored for one answer."),
-    "rejected": ("reject_rate", ".0%", "Share of the gate's decisions that reject a proposal."),
-    "accepted rank": ("accepted_rank_mean", ".2f", "Mean rank of the accepted proposal; 0 is the LM's first choice."),
+    "trainable": (_mean("trainable_parameters"), ",.0f", "Parameters that training changes."),
+    "total": (_mean("total_parameters"), ",.0f", "Parameters of the LM and what is added to it."),
+    "file, MB": (_mean("adapter_bytes", 1e6), ".1f", "Size of what is saved beside the LM."),
+    "episodes": (_mean("episodes"), ",.0f", "Responses that were sampled and scored in training; of DPO, pairs."),
+    "training, s": (_mean("train_seconds"), ",.0f", "Seconds of training."),
+    "s / 1,000 episodes": (_seconds_per_1000_episodes, ",.0f", "Seconds of training that 1,000 episodes take."),
+    "peak memory, MB": (
+        _mean("train_peak_memory_mb"),
+        ",.0f",
+        "Largest memory of training, all processes together.",
+    ),
+    "tokens": (_mean("response_tokens_mean"), ".1f", "Mean length of a response in tokens."),
+    "reward calls": (_mean("reward_calls_per_response"), ".0f", "Responses that the reward scored for one answer."),
+    "rejected": (_mean("reject_rate"), ".0%", "Share of the gate's decisions that reject a proposal."),
+    "accepted rank": (
+        _mean("accepted_rank_mean"),
+        ".2f",
+        "Mean rank of the accepted proposal; 0 is the LM's first choice.",
+    ),
     "KL to LM": (
-        "kl_to_lm",
+        _mean("kl_to_lm"),
         ".2f",
         "Divergence of the method's next-token distribution from the LM's, nats per token.",
     ),
@@ -97,17 +122,8 @@ def parameter_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Headers and text cells, a row per method: sizes, training, and what decoding did; means over seeds."""
     rows = []
     for name, group in group_records(records).items():
-        row = [name]
-        for key, form, _ in PARAMETER_COLUMNS.values():
-            if key == SECONDS_PER_1000:
-                seconds, episodes = mean_over_seeds(group, "train_seconds"), mean_over_seeds(group, "episodes")
-                value = 1000 * seconds / episodes if seconds is not None and episodes else None
-            else:
-                value = mean_over_seeds(group, key)
-            if key == "adapter_bytes" and value is not None:
-                value /= 1e6
-            row.append("n/a" if value is None else format(value, form))
-        rows.append(row)
+        values = ((value_of(group), form) for value_of, form, _ in PARAMETER_COLUMNS.values())
+        rows.append([name, *("n/a" if value is None else format(value, form) for value, form in values)])
     return ["method", *PARAMETER_COLUMNS], rows
 
 

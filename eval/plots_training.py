@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from eval import drawing
 from eval.harness import read_records
@@ -14,8 +15,12 @@ from eval.report import find_sft, group_records
 from trl_proxy.config import CONFIG_NAME
 from trl_proxy.runs import RESULTS_FILE, RUN_FILE
 
-# a trainer_state.json, and the episodes that one optimizer step stands for
-TrainingLog = tuple[str | os.PathLike, float]
+
+class TrainingLog(NamedTuple):
+    """A `trainer_state.json` as TRL's trainers write it, and the episodes that one optimizer step stands for."""
+
+    trainer_state: str | os.PathLike
+    episodes_per_step: float
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -38,15 +43,18 @@ def training_log(folder: str | os.PathLike) -> TrainingLog:
         ValueError: if the run is not finished, or a file of it is damaged.
     """
     results = read_json(Path(folder, RESULTS_FILE))
-    return Path(folder, "trainer_state.json"), results["episodes"] / results["steps"]
+    return TrainingLog(Path(folder, "trainer_state.json"), results["episodes"] / results["steps"])
 
 
-def training_points(trainer_state: str | os.PathLike, episodes_per_step: float, key: str) -> np.ndarray:
-    """(episodes, value) of every log entry of a `trainer_state.json` that has `key`, shape (entries, 2)."""
-    history = read_json(trainer_state)["log_history"]
-    return np.array([[entry["step"] * episodes_per_step, entry[key]] for entry in history if key in entry]).reshape(
-        -1, 2
-    )
+def training_points(log: TrainingLog, key: str, against: str = "episodes") -> np.ndarray:
+    """(x, value) of every log entry that has `key`, shape (entries, 2); x in episodes, or in seconds of training where
+    the entry has them."""
+    history = read_json(log.trainer_state)["log_history"]
+    if against == "seconds":
+        points = [(entry["train_seconds"], entry[key]) for entry in history if {key, "train_seconds"} <= entry.keys()]
+    else:
+        points = [(entry["step"] * log.episodes_per_step, entry[key]) for entry in history if key in entry]
+    return np.array(points).reshape(-1, 2)
 
 
 def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
@@ -69,39 +77,53 @@ def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
 
 
 def _logged(run: TrainingLog, key: str) -> np.ndarray:
-    """The points of `key`; `ValueError` where the log has none."""
-    points = training_points(*run, key)
+    """The points of `key` against episodes; `ValueError` where the log has none."""
+    points = training_points(run, key)
     if len(points) == 0:
-        raise ValueError(f"{run[0]} logs no {key!r}: train with it, and logging_steps below the number of steps.")
+        raise ValueError(
+            f"{run.trainer_state} logs no {key!r}: train with it, and logging_steps below the number of steps."
+        )
     return points
 
 
-def plot_training_curve(runs: dict[str, TrainingLog], path: str | os.PathLike, *, smooth: int = 5) -> Path:
-    """Reward against training episodes: rollouts faint, their running mean as a line, evaluations as markers.
+def plot_training_curve(runs: dict[str, list[TrainingLog]], path: str | os.PathLike, *, smooth: float = 0.1) -> Path:
+    """Reward of the rollouts against training episodes, and against seconds where they were logged: a running mean per
+    seed, and evaluations on held-out prompts as markers.
 
     Args:
-        runs: name of the run -> its `trainer_state.json`, as TRL's trainer writes it, and the episodes that one
-            optimizer step stands for.
-        smooth: log entries in the running mean.
+        runs: name of the method -> its runs, one per seed.
+        smooth: share of a run's log entries in the running mean.
 
     Raises:
         ValueError: if a log has no reward.
     """
+    logs = [run for seeds in runs.values() for run in seeds]
+    fewest = min(len(_logged(run, "reward")) for run in logs)
+    timed = min(len(training_points(run, "reward", "seconds")) for run in logs) == fewest
+    panels = {"episodes": "training episodes, log scale"} | ({"seconds": "seconds of training"} if timed else {})
     with plt.rc_context(drawing.RC):
-        figure, axis = plt.subplots(figsize=(7, 4 + 0.3 * len(runs)), layout="constrained")
-        for i, (name, run) in enumerate(runs.items()):
-            color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
-            train, evaluations = _logged(run, "reward"), training_points(*run, "eval_reward")
-            mean = running_mean(train, smooth)
-            axis.plot(*train.T, color=color, alpha=0.3, linewidth=0.8)
-            axis.plot(*mean[:, :2].T, color=color, linestyle=line, linewidth=1.8, label=f"{name}, rollouts")
-            if len(evaluations):
-                look = {"color": color, "markersize": 7, "markeredgecolor": "white"}
-                label = f"{name}, held-out prompts"
-                axis.plot(*evaluations.T, drawing.MARKERS[i % 7], label=label, **look)
-        axis.set_xlabel("training episodes")
-        axis.set_ylabel("mean reward")
-        figure.legend(loc="outside upper center", handlelength=3)  # over the curves it would hide some
+        size = (4.5 * len(panels) + 1, 4)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axis, (against, title) in zip(axes[0], panels.items(), strict=True):
+            for i, (name, seeds) in enumerate(runs.items()):
+                look = {"color": drawing.COLORS[(i + 1) % 7]}
+                for k, run in enumerate(seeds):
+                    points = training_points(run, "reward", against)
+                    mean = running_mean(points, max(1, round(smooth * len(points))))
+                    label = name if k == 0 else None
+                    axis.plot(*mean[:, :2].T, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.6, label=label, **look)
+                    evaluations = training_points(run, "eval_reward", against)
+                    if len(evaluations):
+                        label = f"{name}, held-out prompts" if k == 0 else None
+                        look_at = {"markersize": 7, "markeredgecolor": "white", **look}
+                        axis.plot(*evaluations.T, drawing.MARKERS[i % 7], label=label, **look_at)
+            axis.set_xlabel(title)
+        axes[0, 0].set_xscale("log")  # an update of the whole LM costs as much as many of a gate
+        axes[0, 0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0, 0].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes[0, 0].xaxis.set_minor_formatter(NullFormatter())
+        axes[0, 0].set_ylabel("mean reward of the rollouts")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, handlelength=3)
         return drawing.save(figure, path)
 
 
@@ -113,7 +135,7 @@ def plot_over_optimisation(
     is over-optimisation (Gao et al. 2023, arXiv 2210.10760).
 
     Args:
-        runs: as `plot_training_curve`.
+        runs: name of the run -> its log.
         gold: name under which the log has the reward that is not trained on, i.e. `rewards/<gold>/mean`: a reward
             function whose weight in `reward_weights` is 0.
         smooth: log entries in the running mean.

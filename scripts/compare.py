@@ -55,6 +55,7 @@ from trl_proxy.runs import (
     interrupt_on_sigterm,
     is_finished,
     load_policy,
+    parse_dicts,
     read_json,
     run_command,
     run_script,
@@ -84,8 +85,9 @@ class CompareArguments:
         },
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Training seeds of the recipes."})
-    train_settings: dict = field(
-        default_factory=dict, metadata={"help": "Field -> value, for all trainings, over their recipes."}
+    train_settings: dict | str | None = field(
+        default=None,
+        metadata={"help": "Field -> value, for all trainings, over their recipes; JSON on the command line."},
     )
     launch: str = field(
         default="accelerate launch", metadata={"help": "How to run a training script; `env A=b ...` sets variables."}
@@ -120,6 +122,7 @@ class CompareArguments:
 
     def __post_init__(self):
         """Raises `ValueError` naming the argument, its value and what is allowed."""
+        parse_dicts(self, "train_settings")
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise ValueError(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown)}.")
         for recipe in self.recipes:
@@ -449,9 +452,10 @@ def draw(output_dir: str, trained: list[Trained]) -> None:
     """Tables, plots, samples and report, from the records alone (and the training logs)."""
     records = read_records(output_dir)
     paths = draw_all(records, output_dir)
-    # DPO sees no reward while it trains.
-    logged = [one for one in trained if one.log and one.method != "dpo"]
-    curves = {f"{one.method} ({one.variant}), seed {one.seed}": one.log for one in logged}
+    curves: dict[str, list[TrainingLog]] = {}
+    for one in trained:
+        if one.log and one.method != "dpo":  # DPO sees no reward while it trains
+            curves.setdefault(f"{one.method} ({one.variant})", []).append(one.log)
     if curves:
         paths.append(plot_training_curve(curves, Path(output_dir, "plots", "training_curve")))
     write_text(Path(output_dir, "samples.md"), samples_markdown(records))

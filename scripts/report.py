@@ -10,13 +10,15 @@ baselines add their hyperparameters and training curves; those inside the output
 
 import argparse
 import os
+import re
 from pathlib import Path
 
-from eval.harness import read_records
+from eval.harness import read_records, write_summaries
 from eval.judgements import read_judgements
 from eval.page import render_page
 from eval.plots import draw_all
 from eval.plots_training import (
+    TrainingLog,
     draw_sweep,
     plot_over_optimisation,
     plot_training_curve,
@@ -50,6 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--gold",
         metavar="NAME",
         help="Reward function that was logged in training with weight 0: draws its reward beside the training reward.",
+    )
+    parser.add_argument(
+        "--summaries",
+        metavar="FOLDER",
+        help="Writes the records there as well, without prompts, responses and single rewards: numbers to publish.",
     )
     return parser
 
@@ -89,12 +96,17 @@ def main(args: argparse.Namespace) -> Path:
 
     figures = draw_all(records, output_dir)
     if curves:
-        figures.append(plot_training_curve(curves, output_dir / "plots" / "training_curve"))
+        seeds: dict[str, list[TrainingLog]] = {}
+        for name, log in curves.items():
+            seeds.setdefault(re.sub(r"-seed\d+$", "", name), []).append(log)
+        figures.append(plot_training_curve(seeds, output_dir / "plots" / "training_curve"))
     if args.gold:
         figures.append(plot_over_optimisation(curves, args.gold, output_dir / "plots" / "over_optimisation"))
     for cells, key in sweeps:
         figures += draw_sweep(cells, key, output_dir)
 
+    if args.summaries:
+        write_summaries(output_dir, args.summaries)
     page = output_dir / "report.html"
     write_text(page, render_page(records, figures, runs, judgements))
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, {len(records)} records, {len(figures)} figures.")

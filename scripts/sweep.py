@@ -43,7 +43,16 @@ from eval.report import (
     with_interval,
 )
 from trl_proxy.files import write_text
-from trl_proxy.runs import flags, hold, interrupt_on_sigterm, is_finished, run_command, run_script, wait_until_free
+from trl_proxy.runs import (
+    flags,
+    hold,
+    interrupt_on_sigterm,
+    is_finished,
+    parse_dicts,
+    run_command,
+    run_script,
+    wait_until_free,
+)
 
 HERE = Path(__file__).parent
 
@@ -54,9 +63,14 @@ class SweepArguments:
 
     recipe: str = field(metadata={"help": "The training recipe that all cells share."})
     evaluate: str = field(metadata={"help": "A recipe of scripts/compare.py: prompts, reward, length of responses."})
-    grid: dict = field(metadata={"help": "Field -> list of values, of any fields of the training recipe."})
+    grid: dict | str | None = field(
+        default=None,
+        metadata={"help": "Field -> list of values, of any fields of the training recipe; JSON on the command line."},
+    )
     method: str = field(default="proxy", metadata={"help": f"What is trained: proxy, {', '.join(BASELINES)}."})
-    settings: dict = field(default_factory=dict, metadata={"help": "Field -> value, for all cells, over the recipe."})
+    settings: dict | str | None = field(
+        default=None, metadata={"help": "Field -> value, for all cells, over the recipe; JSON on the command line."}
+    )
     split: str | None = field(
         default=None, metadata={"help": "Prompts to evaluate on; as `evaluate` says by default."}
     )
@@ -72,6 +86,7 @@ class SweepArguments:
 
     def __post_init__(self):
         """Raises `ValueError` naming the argument, its value and what is allowed."""
+        parse_dicts(self, "grid", "settings")
         if self.method not in ("proxy", *BASELINES):
             raise ValueError(f"--method must be proxy or one of {', '.join(BASELINES)}, got {self.method}.")
         for name in ("recipe", "evaluate"):

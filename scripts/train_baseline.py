@@ -14,7 +14,7 @@ import sys
 from trl import TrlParser
 
 from baselines.training import BASELINES
-from trl_proxy.actor_critic import RewardError
+from trl_proxy.guards import RewardError
 from trl_proxy.runs import run_script
 
 

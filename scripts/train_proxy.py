@@ -22,8 +22,8 @@ import dataclasses
 from trl import ModelConfig, TrlParser
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
-from trl_proxy.actor_critic import RewardError
 from trl_proxy.config import FILLED_IN
+from trl_proxy.guards import RewardError
 from trl_proxy.runs import (
     RunArguments,
     begin,

@@ -11,7 +11,8 @@ PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 ORDER = [
     ("files",),
     ("config", "candidates", "gate", "advantages", "losses", "rewards", "checkpoints", "taps"),
-    ("rollout", "actor_critic", "defaults", "proxies", "card", "caches"),
+    ("rollout", "guards", "defaults", "proxies", "card", "caches"),
+    ("actor_critic",),
     ("decoding",),
     ("generation",),
     ("modeling",),

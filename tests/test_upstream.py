@@ -9,13 +9,15 @@ import pytest
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, StoppingCriteria
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.trainer_utils import rotate_checkpoints
-from trl import RLOOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer import rloo_trainer
 from trl.trainer.utils import RepeatSampler, is_async_callable, pad
 
 from trl_proxy import PPOTrainer, ProxyPPOTrainer
 from trl_proxy.actor_critic import ActorCriticTrainer
 from trl_proxy.caches import _RoomyLayer, _RowLayer
+from trl_proxy.checkpoints import AtomicCheckpoints
+from trl_proxy.guards import GuardedRewards
 
 # The first parameters of each, which are all that we rely on.
 TRAINER = {
@@ -45,6 +47,10 @@ OTHERS = {
     },
     DynamicCache: {"batch_repeat_interleave": "repeats"},
     DynamicLayer: {"update": "key_states value_states", "lazy_initialization": "key_states value_states", "reset": ""},
+    GRPOTrainer: {
+        "_calculate_rewards": TRAINER["_calculate_rewards"],
+        "_generate_and_score_completions": TRAINER["_generate_and_score_completions"],
+    },
     GenerationMixin: {
         "generate": "inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus "
         "assistant_model streamer negative_prompt_ids negative_prompt_attention_mask custom_generate",
@@ -77,7 +83,7 @@ def test_what_is_overridden_has_the_same_signature(owner, name, expected):
     assert found == expected, f"{owner.__name__}.{name} now takes {found}: keep the pin, or mend what uses it"
 
 
-@pytest.mark.parametrize("ours", [ActorCriticTrainer, ProxyPPOTrainer, PPOTrainer])
+@pytest.mark.parametrize("ours", [AtomicCheckpoints, GuardedRewards, ActorCriticTrainer, ProxyPPOTrainer, PPOTrainer])
 def test_every_override_of_the_trainer_is_watched(ours):
     overridden = {name for name, x in vars(ours).items() if inspect.isfunction(x) and hasattr(RLOOTrainer, name)}
     assert overridden - {"__init__"} <= TRAINER.keys()

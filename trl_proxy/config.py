@@ -137,7 +137,25 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
 
 
 @dataclass
-class PPOConfig(RLOOConfig):
+class RewardTimeout:
+    """The limit that every training's reward functions can have."""
+
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds after which a call of a reward function, one for a whole batch, ends the run with a "
+            "checkpoint. It reaches Python code and waiting for a network, not a computation inside a library."
+        },
+    )
+
+    def __post_init__(self):
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"`reward_timeout` must be above 0, got {self.reward_timeout}.")
+        super().__post_init__()  # type: ignore[misc]  # of the arguments that it stands before
+
+
+@dataclass
+class PPOConfig(RewardTimeout, RLOOConfig):
     """PPO with a critic on top of TRL's [`~trl.RLOOConfig`]: `num_iterations` are PPO's epochs over a rollout,
     `steps_per_generation` its minibatches, `epsilon` its clip range."""
 
@@ -168,13 +186,6 @@ class PPOConfig(RLOOConfig):
             "where it arises; the sum stays the finished response's reward. Costs reward calls, saves episodes."
         },
     )
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Seconds after which a call of a reward function, one for a whole batch, ends the run with a "
-            "checkpoint. It reaches Python code and waiting for a network, not a computation inside a library."
-        },
-    )
 
     def __post_init__(self):
         try:
@@ -193,8 +204,6 @@ class PPOConfig(RLOOConfig):
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every update uses all that is trained; DDP's search would miss the critic, which runs after `forward`.
             self.ddp_find_unused_parameters = False
-        if self.reward_timeout is not None and not self.reward_timeout > 0:
-            raise ValueError(f"`reward_timeout` must be above 0, got {self.reward_timeout}.")
         if self.use_vllm:
             raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
         if self.use_transformers_continuous_batching:

@@ -305,6 +305,23 @@ def flags(values: dict) -> list[str]:
     return words
 
 
+def parse_dicts(args, *names: str) -> None:
+    """
+    Fields of `args` that hold a dict in a recipe and JSON on the command line become dicts, as transformers' own do;
+    None becomes an empty one.
+
+    Raises:
+        ValueError: the text of a flag is no JSON object.
+    """
+    for name in names:
+        value = getattr(args, name)
+        with suppress(ValueError):
+            value = json.loads(value) if isinstance(value, str) else value or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"--{name} must be a JSON object, such as '{{\"seed\": 1}}', got {value}.")
+        setattr(args, name, value)
+
+
 def is_finished(folder: str | os.PathLike, settings: dict) -> bool:
     """Whether a finished run with these settings, names and values as in a recipe, is in the folder."""
     run_file = os.path.join(folder, RUN_FILE)

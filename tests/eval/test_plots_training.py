@@ -19,11 +19,25 @@ def trainer_state(tmp_path):
 
 
 def test_training_curve(trainer_state, figures):
-    plots_training.plot_training_curve({"a": (trainer_state, 4.0)}, "curve", smooth=3)
-    raw, mean, evaluations = (line.get_xydata().tolist() for line in figures[0].axes[0].lines)
-    assert raw == [[4.0 * step, step] for step in range(1, 7)]
+    log = plots_training.TrainingLog(trainer_state, 4.0)
+    plots_training.plot_training_curve({"a": [log, log]}, "curve", smooth=0.5)
+    (axis,) = figures[0].axes  # no seconds in this log
+    mean, evaluations, *second_seed = (line.get_xydata().tolist() for line in axis.lines)
     assert mean == pytest.approx(np.array([[12, 2], [16, 3], [20, 4], [24, 5]], dtype=float))
     assert evaluations == [[12.0, 9.0]]
+    assert second_seed == [mean, evaluations]
+    assert axis.get_legend_handles_labels()[1] == ["a", "a, held-out prompts"]
+
+
+def test_training_curve_against_seconds(tmp_path, figures):
+    path = tmp_path / "trainer_state.json"
+    history = [{"step": step, "reward": float(step), "train_seconds": 7.0 * step} for step in range(1, 5)]
+    path.write_text(json.dumps({"log_history": history}))
+    plots_training.plot_training_curve({"a": [plots_training.TrainingLog(path, 2.0)]}, "curve", smooth=0.5)
+    episodes, seconds = figures[0].axes
+    assert episodes.lines[0].get_xydata().tolist() == [[4.0, 1.5], [6.0, 2.5], [8.0, 3.5]]
+    assert seconds.lines[0].get_xydata().tolist() == [[14.0, 1.5], [21.0, 2.5], [28.0, 3.5]]
+    assert (episodes.get_xscale(), seconds.get_xscale()) == ("log", "linear")
 
 
 @pytest.mark.fault
@@ -31,7 +45,7 @@ def test_training_curve_without_rewards(tmp_path, figures):
     path = tmp_path / "trainer_state.json"
     path.write_text(json.dumps({"log_history": [{"step": 1, "loss": 0.5}]}))
     with pytest.raises(ValueError, match="logs no 'reward'"):
-        plots_training.plot_training_curve({"a": (path, 1.0)}, "curve")
+        plots_training.plot_training_curve({"a": [plots_training.TrainingLog(path, 1.0)]}, "curve")
 
 
 def test_running_mean():
@@ -49,7 +63,7 @@ def test_over_optimisation(tmp_path, figures):
     history = [{"step": i + 1, "reward": float(i), "rewards/gold/mean": gold[i]} for i in range(6)]
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": history}))
-    plots_training.plot_over_optimisation({"a": (state, 10.0)}, "gold", "over", smooth=2)
+    plots_training.plot_over_optimisation({"a": plots_training.TrainingLog(state, 10.0)}, "gold", "over", smooth=2)
     above, below = figures[0].axes
     assert above.lines[0].get_xydata().tolist() == [[20, 0.5], [30, 1.5], [40, 2.5], [50, 3.5], [60, 4.5]]
     assert below.lines[0].get_ydata().tolist() == [0.5, 2.0, 2.5, 1.5, 0.5]
@@ -62,7 +76,7 @@ def test_over_optimisation(tmp_path, figures):
 @pytest.mark.fault
 def test_over_optimisation_needs_the_gold_reward(trainer_state, figures):
     with pytest.raises(ValueError, match=r"logs no 'rewards/gold/mean'"):
-        plots_training.plot_over_optimisation({"a": (trainer_state, 1.0)}, "gold", "over")
+        plots_training.plot_over_optimisation({"a": plots_training.TrainingLog(trainer_state, 1.0)}, "gold", "over")
 
 
 @pytest.fixture

@@ -314,6 +314,16 @@ def test_unknown_yaml_keys(compare, tmp_path):
         compare.make_parser().parse_args_and_config(["--config", str(tmp_path / "recipe.yaml")])
 
 
+def test_train_settings_on_the_command_line(compare):
+    words = ["--methods", "sft", "--train_settings", '{"max_steps": 8, "gate_hidden_sizes": [64]}']
+    assert compare.make_parser().parse_args_and_config(words)[0].train_settings == {
+        "max_steps": 8,
+        "gate_hidden_sizes": [64],
+    }
+    with pytest.raises(ValueError, match=r"--train_settings must be a JSON object, such as .*, got max_steps=8"):
+        compare.make_parser().parse_args_and_config([*words[:-1], "max_steps=8"])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "recipes").glob("compare_*.yaml")), ids=lambda p: p.name)
 def test_recipes(compare, path):
     args, model_args = compare.make_parser().parse_args_and_config(["--config", str(path)])

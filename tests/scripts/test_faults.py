@@ -24,8 +24,8 @@ from transformers import TrainerCallback
 
 from eval.harness import read_record, read_records
 from trl_proxy import ProxyConfig, runs
-from trl_proxy.actor_critic import RewardError
 from trl_proxy.files import WriteError, damaged_files
+from trl_proxy.guards import RewardError
 from trl_proxy.runs import one_sentence
 
 pytestmark = pytest.mark.fault

@@ -79,6 +79,19 @@ def test_a_whole_report(run, compared, tmp_path, capsys):
     assert not list(compared.glob("*.tmp"))
 
 
+def test_summaries_hold_numbers_and_no_texts(run, compared, tmp_path):
+    run(compared, "--summaries", tmp_path / "public")
+    names = sorted(path.name for path in (tmp_path / "public").iterdir())
+    assert names == sorted(path.name for path in RESULTS.iterdir())
+    for name in names:
+        record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        summary = json.loads((tmp_path / "public" / name).read_text(encoding="utf-8"))
+        gone = {"rewards", "gold_rewards", "responses", "prompts", "kinds", "trace"}
+        assert not gone & summary.keys()
+        kept = record.keys() - gone
+        assert {key: summary[key] for key in kept} == {key: record[key] for key in kept}
+
+
 def test_named_folders_alone_are_read(report, run, compared, tmp_path, monkeypatch):
     train(compared / "seed0", learning_rate=0.00987)
     other = train(tmp_path / "elsewhere" / "seed0", learning_rate=0.00456)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import TrlParser
 
 from eval.harness import read_records
 
@@ -140,6 +141,14 @@ def test_cells_and_commands(sweep, arguments):
     assert "proxy" not in compare
 
 
+def test_grid_and_settings_on_the_command_line(sweep, arguments):
+    words = ["--recipe", arguments["recipe"], "--evaluate", arguments["evaluate"]]
+    words += ["--grid", '{"p_t": [0.1, 0.5]}', "--settings", '{"max_steps": 8}']
+    (args,) = TrlParser([sweep.SweepArguments]).parse_args_and_config(words)
+    assert args.grid == {"p_t": [0.1, 0.5]}
+    assert args.settings == {"max_steps": 8}
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -148,6 +157,8 @@ def test_cells_and_commands(sweep, arguments):
         ({"recipe": "none.yaml"}, "--recipe must be a file that exists, got none.yaml"),
         ({"evaluate": "none.yaml"}, "--evaluate must be a file that exists, got none.yaml"),
         ({"grid": {}}, "--grid is empty"),
+        ({"grid": "p_t=0.1"}, "--grid must be a JSON object, such as .*, got p_t=0.1"),
+        ({"settings": "[8]"}, r"--settings must be a JSON object, such as .*, got \[8\]"),
         ({"grid": {"p_t": 0.1}}, "--grid must give a list of values for every field, got 0.1 for p_t"),
         ({"grid": {"p_t": []}}, r"--grid must give a list of values for every field, got \[\] for p_t"),
         ({"jobs": 0}, "--jobs and --seeds must be at least one"),

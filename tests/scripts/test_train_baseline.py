@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from baselines.training import load_trained
 from trl_proxy.checkpoints import AtomicCheckpoints
 from trl_proxy.defaults import load_lm
 from trl_proxy.files import WriteError, damaged_files
+from trl_proxy.guards import RewardError
 
 ROOT = Path(__file__).parents[2]
 ONLINE = ("rlhf", "rloo", "grpo")
@@ -176,6 +178,57 @@ def test_pairs_of_a_dataset(train, tmp_path):
 def test_bad_input_is_named(train, method, flags, message):
     with pytest.raises(ValueError, match=message):
         train(method, **flags)
+
+
+FLAKY = """
+from my_rewards import upper
+
+calls, works = 0, False
+
+
+def flaky(prompts, completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > CALLS and not works:
+        raise OSError("gone")
+    return upper(prompts, completions)
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reward_that_fails_ends_the_run(train, tmp_path, method):
+    """In one sentence, after a checkpoint; mended, the same command goes on and equals the run without a failure."""
+    sys.modules.pop("flaky_rewards", None)
+    (tmp_path / "flaky_rewards.py").write_text(FLAKY.replace("CALLS", "1" if method in ONLINE else "0"))
+    arguments = {"reward_funcs": "flaky_rewards.flaky", "output_dir": tmp_path / "flaky"}
+    with pytest.raises(RewardError) as error:
+        train(method, **arguments)
+    message = str(error.value)
+    assert message.startswith("The reward function flaky raised OSError (gone) on the prompt '")
+    if method in ONLINE:
+        assert message.endswith("mend it, and the same command goes on from checkpoint-4, saved just now.")
+    sys.modules["flaky_rewards"].works = True
+    train(method, **arguments)
+    train(method)
+    whole, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in (method, "flaky"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reward_that_hangs_ends_the_run(train, tmp_path, method):
+    (tmp_path / "slow_rewards.py").write_text("import time\n\n\ndef slow(**kwargs):\n    time.sleep(60)\n")
+    with pytest.raises(RewardError, match=r"reward function slow took longer than reward_timeout=0\.3 seconds on the"):
+        train(method, reward_funcs="slow_rewards.slow", reward_timeout=0.3)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("method", ONLINE)
+def test_a_reward_that_is_no_number_ends_the_run(train, tmp_path, method):
+    (tmp_path / "no_rewards.py").write_text("def none(prompts, **kwargs):\n    return [float('nan')] * len(prompts)\n")
+    with pytest.raises(RewardError, match="'none' returned nan where a finite number is needed, for the prompt '"):
+        train(method, reward_funcs="no_rewards.none")
 
 
 @pytest.mark.fault

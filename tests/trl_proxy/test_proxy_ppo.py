@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer, proxy_ppo
-from trl_proxy.actor_critic import RewardError
 from trl_proxy.files import damaged_files
+from trl_proxy.guards import RewardError
 
 PROMPTS = [f"{a}{b} " for a in "abcdefgh" for b in "ijklmnop"]
 
