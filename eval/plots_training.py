@@ -46,15 +46,15 @@ def training_log(folder: str | os.PathLike) -> TrainingLog:
     return TrainingLog(Path(folder, "trainer_state.json"), results["episodes"] / results["steps"])
 
 
-def training_points(log: TrainingLog, key: str, against: str = "episodes") -> np.ndarray:
-    """(x, value) of every log entry that has `key`, shape (entries, 2); x in episodes, or in seconds of training where
-    the entry has them."""
-    history = read_json(log.trainer_state)["log_history"]
-    if against == "seconds":
-        points = [(entry["train_seconds"], entry[key]) for entry in history if {key, "train_seconds"} <= entry.keys()]
-    else:
-        points = [(entry["step"] * log.episodes_per_step, entry[key]) for entry in history if key in entry]
-    return np.array(points).reshape(-1, 2)
+def training_points(log: TrainingLog, key: str) -> np.ndarray:
+    """(episodes, seconds of training, value) of every log entry that has `key`, shape (entries, 3); NaN for seconds
+    that were not logged."""
+    points = [
+        (entry["step"] * log.episodes_per_step, entry.get("train_seconds", np.nan), entry[key])
+        for entry in read_json(log.trainer_state)["log_history"]
+        if key in entry
+    ]
+    return np.array(points).reshape(-1, 3)
 
 
 def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
@@ -77,7 +77,7 @@ def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
 
 
 def _logged(run: TrainingLog, key: str) -> np.ndarray:
-    """The points of `key` against episodes; `ValueError` where the log has none."""
+    """[`training_points`] of `key`; `ValueError` where the log has none."""
     points = training_points(run, key)
     if len(points) == 0:
         raise ValueError(
@@ -97,26 +97,26 @@ def plot_training_curve(runs: dict[str, list[TrainingLog]], path: str | os.PathL
     Raises:
         ValueError: if a log has no reward.
     """
-    logs = [run for seeds in runs.values() for run in seeds]
-    fewest = min(len(_logged(run, "reward")) for run in logs)
-    timed = min(len(training_points(run, "reward", "seconds")) for run in logs) == fewest
-    panels = {"episodes": "training episodes, log scale"} | ({"seconds": "seconds of training"} if timed else {})
+    points = {
+        name: [(_logged(run, "reward"), training_points(run, "eval_reward")) for run in seeds]
+        for name, seeds in runs.items()
+    }
+    timed = not any(np.isnan(train[:, 1]).any() for seeds in points.values() for train, _ in seeds)
+    titles = ["training episodes, log scale", "seconds of training"][: 1 + timed]
     with plt.rc_context(drawing.RC):
-        size = (4.5 * len(panels) + 1, 4)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
-        for axis, (against, title) in zip(axes[0], panels.items(), strict=True):
-            for i, (name, seeds) in enumerate(runs.items()):
+        size = (4.5 * len(titles) + 1, 4)
+        figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for column, (axis, title) in enumerate(zip(axes[0], titles, strict=True)):
+            for i, (name, seeds) in enumerate(points.items()):
                 look = {"color": drawing.COLORS[(i + 1) % 7]}
-                for k, run in enumerate(seeds):
-                    points = training_points(run, "reward", against)
-                    mean = running_mean(points, max(1, round(smooth * len(points))))
+                for k, (train, evaluations) in enumerate(seeds):
+                    mean = running_mean(train[:, [column, 2]], max(1, round(smooth * len(train))))
                     label = name if k == 0 else None
                     axis.plot(*mean[:, :2].T, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.6, label=label, **look)
-                    evaluations = training_points(run, "eval_reward", against)
                     if len(evaluations):
                         label = f"{name}, held-out prompts" if k == 0 else None
                         look_at = {"markersize": 7, "markeredgecolor": "white", **look}
-                        axis.plot(*evaluations.T, drawing.MARKERS[i % 7], label=label, **look_at)
+                        axis.plot(*evaluations[:, [column, 2]].T, drawing.MARKERS[i % 7], label=label, **look_at)
             axis.set_xlabel(title)
         axes[0, 0].set_xscale("log")  # an update of the whole LM costs as much as many of a gate
         axes[0, 0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -149,7 +149,7 @@ def plot_over_optimisation(
         for i, (name, run) in enumerate(runs.items()):
             color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
             for axis, key in zip(axes, titles, strict=True):
-                episodes, mean, half = running_mean(_logged(run, key), smooth).T
+                episodes, mean, half = running_mean(_logged(run, key)[:, [0, 2]], smooth).T
                 axis.plot(episodes, mean, color=color, linestyle=line, linewidth=1.8, label=name)
                 axis.fill_between(episodes, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
             for axis in axes:  # the gold reward came last
@@ -244,7 +244,7 @@ def plot_sweep_curves(cells: list[Cell], key: str, path: str | os.PathLike, *, s
         for cell in cells:
             i = values.index(cell.value)
             color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
-            episodes, mean, half = running_mean(_logged(cell.log, "reward"), smooth).T
+            episodes, mean, half = running_mean(_logged(cell.log, "reward")[:, [0, 2]], smooth).T
             label = None if cell.value in labelled else f"{key} = {cell.value:g}"
             labelled.add(cell.value)
             axis.plot(episodes, mean, color=color, linestyle=line, linewidth=1.6, label=label)

@@ -20,7 +20,8 @@ from .rewards import as_list, check_rewards
 
 
 class RewardError(RuntimeError):
-    """A reward function raised, or returned something that is no reward. A checkpoint was saved before."""
+    """A reward function raised, or returned something that is no reward. Where it was asked in training, a checkpoint
+    was saved before."""
 
 
 class _RewardTimeout(BaseException):
@@ -130,9 +131,7 @@ class _LogitsWatch:
         self.hook.remove()
 
     def noticed(self) -> bool:
-        """Whether there were any since it was asked last."""
-        seen, self.largest = self.largest, []
-        return not all(largest < torch.inf for largest in seen)
+        return not all(largest < torch.inf for largest in self.largest)
 
 
 class GuardedRewards(AtomicCheckpoints):
@@ -160,9 +159,12 @@ class GuardedRewards(AtomicCheckpoints):
         super().__init__(model=model, reward_funcs=funcs, args=args, **kwargs)  # type: ignore[call-arg]
 
     def _check_logits(self, prompts) -> None:
-        """`ValueError` on every process where the LM's logits in this rollout were no numbers on one."""
-        first = [prompts[0]] if self._watch and self._watch.noticed() else []
-        if first := gather_object(first):
+        """`ValueError` on every process where the LM's logits in this rollout were no numbers on one; asked again, as
+        for the scores of unfinished responses, it has nothing to look at."""
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return
+        if first := gather_object([prompts[0]] if watch.noticed() else []):
             raise ValueError(
                 f"The LM's logits are NaN or infinite in the batch whose first prompt is {first[0]!r}: load it in "
                 "float32 if it computes in float16, look for damaged weights, or lower the learning rate if it is the "
