@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from trl_proxy.decoding import TREE_CANDIDATES
+
 
 @dataclass
 class Decision:
@@ -103,7 +105,7 @@ def decode(
         logits_processor: `(ids (1, n), logits (1, vocab)) -> logits`; sees prompt and response without padding.
         stop: `ids (n,) -> bool`, a stopping criterion beside the end-of-sequence tokens.
         replay: the decisions of every row in order, in place of greedy ones.
-        tree: count the LM's forwards as where all candidates of a position are fed at once.
+        tree: count the LM's forwards as where `TREE_CANDIDATES` of a position are fed at once.
     """
     rows = []
     for i in range(len(input_ids)):
@@ -120,7 +122,7 @@ def _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_
     config, lm, gate, row = model.proxy_config, model.lm, model.gate, Row()
     embeddings = lm.get_input_embeddings().weight
     threshold = config.threshold if threshold is None else threshold
-    ended = False
+    ended, fed = False, 0
     while not ended and len(row.tokens) < max_new_tokens:
         before = prompt + row.tokens
         logits, _ = run_lm(lm, before)
@@ -157,14 +159,15 @@ def _decode_row(model, prompt, max_new_tokens, eos_token_ids, threshold, logits_
             asked[-1].lm_log_prob = log_probs[rank]
         row.decisions += asked
         row.rank_sum += rank
+        fed += rank // TREE_CANDIDATES + 1
         row.tokens.append(token)
         row.token_log_prob += log_probs[rank]
         ended = token in eos_token_ids or (stop is not None and stop(torch.tensor([*before, token])))
         final_is_forced = rank == len(token_ids) - 1 and (token in eos_token_ids or len(row.tokens) == max_new_tokens)
-    # Candidate features: the prompt, and every proposal (as a tree: every position) but a forced one after which
+    # Candidate features: the prompt, and every proposal (as a tree: every few) but a forced one after which
     # nothing follows. Prefix features: one forward per token.
     if config.features == "candidate" and tree:
-        row.lm_forwards = 1 + len(row.tokens) - (final_is_forced and rank == 0)
+        row.lm_forwards = 1 + fed - (final_is_forced and rank % TREE_CANDIDATES == 0)
     elif config.features == "candidate":
         row.lm_forwards = 1 + row.proposals - final_is_forced
     else:

@@ -139,9 +139,9 @@ class _RowLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.cache.slots is None:
-            self.keys[:, :, : self.cache.width] = key_states
-            self.values[:, :, : self.cache.width] = value_states
+        if self.cache.start is not None:
+            self.keys[:, :, self.cache.start : self.cache.width] = key_states
+            self.values[:, :, self.cache.start : self.cache.width] = value_states
         else:
             rows = torch.arange(len(key_states), device=key_states.device)[:, None]
             self.keys[rows, :, self.cache.slots] = key_states.transpose(1, 2)
@@ -168,11 +168,14 @@ class RowCache(Cache):
     def __init__(self, num_layers: int, prompt_width: int, capacity: int):
         self.capacity, self.width = capacity, prompt_width
         self.slots: Any = None  # `(rows, n)` int64 after the prompt
+        self.start: int | None = 0  # where all rows stand, if they do at one slot: copying a slice is faster
         super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
 
     def at(self, slots: torch.Tensor, n: int) -> int:
         """Sets the first write positions `(rows,)` of the next n tokens; returns how many slots their forward sees."""
-        self.slots, self.width = slots[:, None] + torch.arange(n, device=slots.device), int(slots.max()) + n
+        first, last = torch.stack(slots.aminmax()).tolist()
+        self.slots, self.width = slots[:, None] + torch.arange(n, device=slots.device), last + n
+        self.start = first if first == last else None
         return self.width
 
     def move(self, rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:

@@ -78,9 +78,11 @@ def propose(
         rows, tied = logits[full], top[full][:, -1:]
         crowded = (rows == tied).sum(-1) > (top[full] == tied).sum(-1)
         if crowded.any():
-            ids = token_ids[full]
-            ids[crowded] = rows[crowded].argsort(dim=-1, descending=True, stable=True)[:, :k]
-            token_ids[full] = ids
+            ids, ahead = token_ids[full], (top[full] > tied).sum(-1, keepdim=True)
+            falling = -torch.arange(rows.shape[-1], device=rows.device, dtype=torch.float)
+            lowest = torch.where(rows == tied, falling, -torch.inf).topk(k, dim=-1).indices
+            place = torch.arange(k, device=rows.device) - ahead
+            token_ids[full] = torch.where(place < 0, ids, lowest.gather(-1, place.clamp(min=0)))
     if proposal == "sampled":
         keys = log_probs - torch.empty_like(log_probs).exponential_().log()  # log p + Gumbel noise
         order = keys.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True)

@@ -20,10 +20,12 @@ from .gate import accepted_rank, decide
 from .rollout import Decisions, Event, ProxyGenerateOutput, Step, record_events
 from .taps import HiddenTap
 
-# With candidate features and at most so many unfinished rows, all candidates of a position are judged in one forward:
-# where reading the LM's weights is what a forward costs, a few tokens more are nearly free. On a CPU they are not:
-# there the tree ran at 0.64 of plain decoding's speed at batch 1, one after the other at 0.78 (docs/results.md).
-TREE_ROWS = {"cpu": 0, "default": 2}
+# With candidate features and at most so many unfinished rows, the next candidates of a position are judged in one
+# forward: where reading the LM's weights is what a forward costs, a few tokens more are nearly free. On a CPU they are
+# so in bfloat16: at batch 1 a forward of 4 tokens costs 1.1 of one token's, but 1.4 in float32 (docs/results.md).
+TREE_ROWS = {("cpu", torch.bfloat16): 4, ("cpu", torch.float32): 0}
+TREE_ROWS_ELSEWHERE = 2
+TREE_CANDIDATES = 4  # more are rarely reached, and each makes the forward dearer
 
 
 def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:
@@ -148,7 +150,7 @@ class _CandidateLoop:
         )
 
     def offer(self, judge, threshold: float, sample: bool, keep_hidden: bool) -> None:
-        """Offers each active row its next candidate, or all that are left of its position: one forward of the LM."""
+        """Offers each active row its next candidate, or as a tree its next few: one forward of the LM."""
         # A forced token that ends its response needs no forward, as in plain decoding.
         token, forced = self.active.at_rank(self.active.token_ids), self.active.rank == self.active.last
         if (over := forced & self._is_final(token)).any():
@@ -159,7 +161,7 @@ class _CandidateLoop:
 
         active = self.active
         rows = torch.arange(len(active.rows), device=self.device)
-        n = int((active.last - active.rank).max()) + 1 if self._as_tree() else 1
+        n = min(int((active.last - active.rank).max()) + 1, TREE_CANDIDATES) if self._as_tree() else 1
         ranks = active.rank[:, None] + torch.arange(n, device=self.device)  # (A, n)
         tokens = active.token_ids.gather(1, torch.minimum(ranks, active.last[:, None]))
         asked = ranks < active.last[:, None]
@@ -211,7 +213,7 @@ class _CandidateLoop:
         token, forced = tokens[rows, first], active.rank == active.last
         final = self._is_final(token)
         ended = self._accept(taken.nonzero()[:, 0], token, forced, final)
-        active = self.active._replace(rank=torch.where(taken, 0, active.rank + 1))
+        active = self.active._replace(rank=torch.where(taken, 0, active.rank + n))
         going = (taken & ~final).nonzero()[:, 0]
         if len(going):
             new = self._propose(active.rows[going], active.length[going], output.logits.view(len(going), -1))
@@ -240,7 +242,7 @@ class _CandidateLoop:
     def _as_tree(self) -> bool:
         if self.tree is not None:
             return self.tree
-        return len(self.active.rows) <= TREE_ROWS.get(self.device.type, TREE_ROWS["default"])
+        return len(self.active.rows) <= TREE_ROWS.get((self.device.type, self.lm.dtype), TREE_ROWS_ELSEWHERE)
 
     def _tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """What to add to attention's scores, `(A, 1, n, width)`: a candidate sees what was accepted, and itself."""
@@ -315,7 +317,7 @@ def candidate_decode(
     """Decoding with candidate features: feed a candidate, ask the gate, keep it or overwrite it.
 
     Every row goes its own way: in one forward some rows advance to the next position while others retry the one that
-    they are at. With few rows, all candidates of a position are fed at once, each blind to the others. The gate
+    they are at. With few rows, several candidates of a position are fed at once, each blind to the others. The gate
     decides between the LM's body and its head, and the head runs for the accepted tokens alone.
 
     Args:
@@ -326,8 +328,8 @@ def candidate_decode(
         streamer: gets a token when it is accepted.
         output_rollout: also return the [`rollout.Rollout`].
         repeats: every so many consecutive rows share a prompt, which is read once.
-        tree: judge all candidates of a position in one forward, as the leaves of a tree, instead of one after the
-            other. By default where the device has at most `TREE_ROWS` unfinished rows and the attention takes such a
+        tree: judge up to `TREE_CANDIDATES` of a position in one forward, as the leaves of a tree, instead of one
+            after the other. By default where at most `TREE_ROWS` rows are unfinished and the attention takes such a
             mask.
 
     Returns:

@@ -55,8 +55,8 @@ class GatedGeneration:
             gate_sample: draw the gate's decisions (training) instead of taking the more probable one.
             threshold: in place of the configuration's; see `gate.decide`.
             output_rollout: also return what training needs, [`rollout.Rollout`] (implies `return_dict_in_generate`).
-            tree: with candidate features, judge all candidates of a position in one forward; by default where few
-                rows are decoded, and not on a CPU. With prefix features all are judged at once anyway.
+            tree: with candidate features, judge several candidates of a position in one forward; by default where few
+                rows are decoded, on a CPU in bfloat16 only. With prefix features all are judged at once anyway.
             proxy_names: a loaded proxy for each prompt, in place of the active one; `"__base__"` for the LM itself.
                 Each decides from its own threshold on; `threshold` is added.
             generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is

@@ -106,7 +106,8 @@ class HiddenTap:
     def _to_head(self, _module, args):
         hidden = args[0] if self.select is None else self.select(args[0])
         # A strided view, as the last position of a prompt is, makes torch expand the head's weights over the batch.
-        return (hidden.contiguous(), *args[1:])
+        # The strides count even where the batch is one row, for which `contiguous` does nothing.
+        return (hidden.clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 class PooledTap(HiddenTap):

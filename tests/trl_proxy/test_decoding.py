@@ -323,7 +323,7 @@ def test_batch_equals_single(tiny_lm, ragged_batch, with_random_gate, features, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_candidates_one_by_one_or_as_a_tree(tiny_lm, ragged_batch, with_random_gate, monkeypatch, kind, attn):
     """The same tokens and decisions, also where the way changes while some rows are in the middle of a position."""
-    monkeypatch.setitem(decoding.TREE_ROWS, "cpu", 2)
+    monkeypatch.setitem(decoding.TREE_ROWS, ("cpu", torch.float32), 2)
     prompts = ragged_batch((9, 2, 6, 1, 4, 9))
     config = ProxyConfig(features="candidate", p_t=0.02, max_candidates=6)
     model = with_random_gate(tiny_lm(kind, attn=attn), config, bias=-0.5)
