@@ -1,12 +1,12 @@
 """Speed and memory of gated decoding beside the LM's own `generate`, interleaved in one run.
 
-    python scripts/benchmark.py --output_dir outputs/benchmark          # half an hour on two CPU cores with bfloat16
+    python scripts/benchmark.py --output_dir outputs/benchmark          # over an hour on two CPU cores with bfloat16
     python scripts/benchmark.py --quick --output_dir outputs/benchmark  # under five minutes
 
 In every cell of a grid (rows of the batch, prompt length, new tokens, share of decisions that reject) all methods
 decode the same prompts in turn, several times; a ratio is the median over the rounds of tokens a second over plain
 sampling's in the same round. Ratios are what counts: absolute figures depend on the machine and its load. Peak memory
-is that of a fresh process for each way of running, the interpreter and its libraries left out. What an interrupted run
+is that of fresh processes for each way of running, the interpreter and its libraries left out. What an interrupted run
 has measured is kept: the same command goes on.
 """
 
@@ -44,6 +44,7 @@ CONFIGS = {
     "candidate": ProxyConfig(features="candidate"),
 }
 MEMORY = ("generate", "prefix", "candidate", "train")
+MEMORY_PROCESSES = 5
 PRECISIONS = (False, True)  # whether the LM is in 4 bit
 
 
@@ -291,7 +292,8 @@ def _forget_peak() -> None:
 
 
 def measure_memory(args: BenchmarkArguments, found: dict[str, int | None]) -> Iterator[None]:
-    """Adds peak bytes by way of running, each of a process of its own; yields after each."""
+    """Adds peak bytes by way of running, each the median of some fresh processes, whose heaps differ; yields after
+    each."""
     for four_bit in PRECISIONS[:1] if args.quick else PRECISIONS:
         for way in MEMORY:
             name = f"{way}{', 4 bit' if four_bit else ''}"
@@ -302,10 +304,13 @@ def measure_memory(args: BenchmarkArguments, found: dict[str, int | None]) -> It
             command += ["--batch_sizes", str(args.batch_sizes[-1]), "--prompt_tokens", str(args.prompt_tokens[0])]
             command += ["--new_tokens", str(args.new_tokens[0])]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            child = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if child.returncode:
-                raise ValueError(f"the memory of {way} could not be measured: {child.stderr.strip()[-500:]}")
-            found[name] = json.loads(child.stdout.strip().splitlines()[-1])
+            peaks = []
+            for _ in range(1 if args.quick else MEMORY_PROCESSES):
+                child = subprocess.run(command, capture_output=True, text=True, env=environment)
+                if child.returncode:
+                    raise ValueError(f"the memory of {way} could not be measured: {child.stderr.strip()[-500:]}")
+                peaks.append(json.loads(child.stdout.strip().splitlines()[-1]))
+            found[name] = None if None in peaks else statistics.median(peaks)
             yield
 
 

@@ -70,6 +70,7 @@ def test_the_lm_is_neither_broadcast_nor_optimized(two):
     proxy = {name for name in two["broadcast"] if name.startswith("proxies.")}
     assert set(two["broadcast"]) == proxy
     assert two["lm_is_unchanged"] == [True, True]
+    assert (two["device"], two["lm_stays"]) == ("cpu", [True, True])  # nor copied, as it is on its way to `cpu:0`
     assert set(two["optimized"]) == set(two["gradients"]) == {name for name in proxy if ".feature_" not in name}
 
 

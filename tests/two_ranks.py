@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
-from trl_proxy.runs import run_script
+from trl_proxy.runs import run_script, use_one_cpu
 
 PROMPTS = [f"{a}{b} " for a in "abcd" for b in "ijkl"]
 
@@ -66,31 +66,34 @@ def main(lm_folder: str, output_dir: str, world_size: int = 2) -> dict:
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_pretrained(lm_folder)
     model = ProxyModelForCausalLM(lm, ProxyConfig(p_t=0.001, gate_hidden_sizes=[8]))
+    args = ProxyPPOConfig(
+        output_dir=output_dir,
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=8 // world_size,
+        per_device_eval_batch_size=4 // world_size,
+        steps_per_generation=1,
+        num_iterations=1,
+        num_generations_eval=1,
+        max_completion_length=8,
+        max_steps=1,
+        max_grad_norm=0.0,  # the gradient as it is
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    use_one_cpu(args)
+    loaded = [p.data_ptr() for p in lm.parameters()]
     compare = CompareGradients()
     compare.trainer = trainer = RecordingTrainer(
         model=model,
         reward_funcs=upper_case,
-        args=ProxyPPOConfig(
-            output_dir=output_dir,
-            use_cpu=True,
-            bf16=False,
-            per_device_train_batch_size=8 // world_size,
-            per_device_eval_batch_size=4 // world_size,
-            steps_per_generation=1,
-            num_iterations=1,
-            num_generations_eval=1,
-            max_completion_length=8,
-            max_steps=1,
-            max_grad_norm=0.0,  # the gradient as it is
-            logging_steps=1,
-            report_to=[],
-            disable_tqdm=True,
-        ),
+        args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=AutoTokenizer.from_pretrained(lm_folder, padding_side="left"),
         callbacks=[compare],
     )
-    found = {}
+    found = {"device": str(trainer.accelerator.device)}
 
     # Were the LM broadcast, the other processes' would become the first one's.
     head = lm.get_output_embeddings().weight.data
@@ -100,6 +103,7 @@ def main(lm_folder: str, output_dir: str, world_size: int = 2) -> dict:
     scored.clear()
     trainer.train()
     found["lm_is_unchanged"] = gather_object([torch.equal(before, lm.get_output_embeddings().weight)])
+    found["lm_stays"] = gather_object([loaded == [p.data_ptr() for p in lm.parameters()]])
     found["rewards"] = [reward for *_, reward in gather_object(scored)]
     found["table"] = len(trainer._logs["completion"])
     found["log"] = next(entry for entry in trainer.state.log_history if "reward" in entry)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from .taps import HiddenTap, PooledTap
+from .taps import HiddenTap
 
 # What the prompts of a batch begin with in common is read once where that spares the LM so many tokens: a forward of
 # its own has its price.
@@ -71,13 +71,13 @@ def common_start(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
 
 
 def read_common_start(
-    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: PooledTap | None = None
+    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: HiddenTap | None = None
 ) -> DynamicCache | None:
     """The [`growing_cache`] of the prompts `(batch, length)` up to where they differ: a system prompt, say, is read
     once for all of them, and `generate` goes on from it. Empty where they have no such start.
 
     Args:
-        tap: pools what is read here too.
+        tap: sees what is read here too.
     """
     cache = growing_cache(lm)
     if cache is None or not all(isinstance(layer, _RoomyLayer) for layer in cache.layers):
@@ -98,7 +98,7 @@ def read_common_start(
 
 
 def prefill(
-    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: PooledTap | None = None
+    lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: HiddenTap | None = None
 ) -> DynamicCache | None:
     """The [`growing_cache`] of prompts `(batch, length)` but for their last token, from which `generate` goes on as
     often as one likes, so that no prompt is read twice, and what all begin with once."""

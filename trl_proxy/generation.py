@@ -147,9 +147,8 @@ class GatedGeneration:
         ):
             chosen = cache is not None or setting("use_cache") is False or setting("cache_implementation") is not None
             if not chosen:
-                pooled = tap if isinstance(tap, PooledTap) else None
                 if repeats > 1:
-                    cache = prefill(self.lm, *prompts, pooled)
+                    cache = prefill(self.lm, *prompts, tap)
                 elif (
                     self.lm.dtype
                     != torch.float32  # a forward of another shape rounds otherwise, which shows in bfloat16
@@ -158,7 +157,7 @@ class GatedGeneration:
                 ):
                     cache = growing_cache(self.lm)
                 else:
-                    cache = read_common_start(self.lm, *prompts, pooled)
+                    cache = read_common_start(self.lm, *prompts, tap)
                 if cache is not None:
                     cache.batch_repeat_interleave(repeats)
                     options["past_key_values"] = cache

@@ -94,10 +94,19 @@ def begin(method: str, run_args: RunArguments, training_args, *configs) -> tuple
     """
     if int(os.environ.get("RANK", "0")) == 0:
         hold(training_args.output_dir)
+    use_one_cpu(training_args)
     run = {"method": method, **identity(run_args, training_args, *configs)}
     checkpoint = checkpoint_to_resume(run_args, training_args, run)
     set_seed(training_args.seed)
     return run, checkpoint
+
+
+def use_one_cpu(training_args) -> None:
+    """Where several processes train on a CPU, accelerate calls it `cpu:0`, and torch copies a tensor that is on `cpu`
+    to get it there: the Trainer and accelerate would copy the whole LM, one after the other. All call it `cpu`."""
+    if training_args.device.type == "cpu":
+        training_args.distributed_state.device = torch.device("cpu")
+        training_args.__dict__["_setup_devices"] = torch.device("cpu")  # what `training_args.device` has kept
 
 
 _held: dict[str, FileLock] = {}

@@ -93,6 +93,10 @@ class HiddenTap:
         """What the gate reads of the last position, `(batch, state_size)` in the LM's dtype."""
         return self._side_by_side(-1)
 
+    def expect_common_start(self, length: int, width: int) -> None:
+        """The next forward is of the `length` tokens that all texts begin with; those after it go on at slot `width`
+        of the batch, where the longest of them do."""
+
     def _side_by_side(self, positions) -> torch.Tensor:
         states = [self.seen[layer][:, positions] for layer in self.readers]
         return torch.cat([x.to(states[-1].device) for x in states], dim=-1) if len(states) > 1 else states[0]
@@ -125,8 +129,6 @@ class PooledTap(HiddenTap):
         self.common: tuple[int, int] | None = None
 
     def expect_common_start(self, length: int, width: int) -> None:
-        """The next forward is of the `length` tokens that all texts begin with; those after it go on at slot `width`
-        of the batch, where the longest of them do."""
         self.common = length, width
 
     def __enter__(self) -> Self:

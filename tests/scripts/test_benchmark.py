@@ -39,6 +39,7 @@ def tiny_arguments(script, tmp_path, tiny_lm, tiny_tokenizer):
 def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MEMORY", ("generate", "prefix", "train"))  # each is a process of its own
     monkeypatch.setattr(script, "PRECISIONS", (False,))
+    monkeypatch.setattr(script, "MEMORY_PROCESSES", 2)
     script.main(tiny_arguments())
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     cells = {tuple(list(cell.values())[:4]): cell["methods"] for cell in found["cells"]}

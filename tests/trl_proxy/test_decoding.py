@@ -145,6 +145,19 @@ def test_prompts_without_a_mask(tiny_lm, ragged_batch, features):
     assert model.generate(**prompts, max_new_tokens=12).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_head_reads_contiguous_states(tiny_lm, ragged_batch, features, rows):
+    """Of the strided last position of a prompt torch would copy the head's weights, for a single row, too."""
+    lm, strides = tiny_lm("llama"), []
+    model = ProxyModelForCausalLM(lm, ProxyConfig(features=features))
+    lm.get_output_embeddings().register_forward_pre_hook(lambda _module, args: strides.append(args[0].stride()))
+    model.generate(**ragged_batch(LENGTHS[:rows]), max_new_tokens=3)
+    size = lm.config.hidden_size
+    assert len(strides) >= 3
+    assert set(strides) <= {(size, size, 1), (size, 1)}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("features", FEATURES)
 def test_several_sequences_per_prompt(tiny_lm, ragged_batch, with_random_gate, features, kind):
