@@ -64,7 +64,7 @@ def test_a_training_that_is_killed_at_any_moment(fork_server, tiny_run, tmp_path
     calls, log = tmp_path / "calls", tmp_path / "log.txt"
 
     def start(name):
-        arguments = tiny_run(max_steps=48, save_steps=4, replay_rollouts=2, output_dir=tmp_path / name)
+        arguments = tiny_run(max_steps=96, save_steps=4, replay_rollouts=2, output_dir=tmp_path / name)
         return fork_server([ROOT / "scripts" / "train_proxy.py", *arguments], tmp_path, log)
 
     assert start("whole").wait() == 0, log.read_text()

@@ -151,7 +151,7 @@ def test_the_head_reads_contiguous_states(tiny_lm, ragged_batch, features, rows)
     """Of the strided last position of a prompt torch would copy the head's weights, for a single row, too."""
     lm, strides = tiny_lm("llama"), []
     model = ProxyModelForCausalLM(lm, ProxyConfig(features=features))
-    lm.get_output_embeddings().register_forward_pre_hook(lambda _module, args: strides.append(args[0].stride()))
+    lm.get_output_embeddings().register_forward_hook(lambda _module, args, _logits: strides.append(args[0].stride()))
     model.generate(**ragged_batch(LENGTHS[:rows]), max_new_tokens=3)
     size = lm.config.hidden_size
     assert len(strides) >= 3
