@@ -2,7 +2,7 @@
 
 One row at a time, without padding and without a cache: for every proposal the whole sequence runs through the plain
 LM, and the gate is asked about that one proposal. Candidates are formed by sorting the whole vocabulary. Nothing of
-`trl_proxy` is used but the parameters of the model's gate.
+`trl_proxy` is used but the parameters of the model's gate, and how many candidates a tree takes, to count forwards.
 """
 
 import math

@@ -118,7 +118,7 @@ class _CandidateLoop:
 
     def prefill(self, input_ids, attention_mask, repeats: int, keep_logits: dict) -> None:
         """Reads the prompts, each distinct one once, and forms the first candidates."""
-        slots = self.capacity + self.config.max_candidates - 1  # room for all candidates of the last position
+        slots = self.capacity + TREE_CANDIDATES - 1  # room for a tree at the last position
         self.cache = RowCache(self.lm.config.get_text_config().num_hidden_layers, self.prompt_width, slots)
         with HiddenTap(self.lm, self.config.feature_layers) as tap:
             output = self.lm(
