@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 from trl.trainer.utils import pad
 
@@ -69,9 +70,10 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 f"`temperature` is {args.temperature} in the training arguments and {model.proxy_config.temperature} "
                 "in the proxy: the proposals' temperature is the proxy's, set it in ProxyConfig alone."
             )
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if fsdp or is_deepspeed_zero3_enabled():
             raise ValueError(
-                "FSDP is not supported: it would cut the frozen LM into parts. Take "
+                f"{'FSDP' if fsdp else 'ZeRO-3'} is not supported: it would cut the frozen LM into parts. Take "
                 "scripts/accelerate_configs/multi_gpu.yaml, and --load_in_4bit where the LM is too large for one GPU."
             )
         if processing_class is not None and processing_class.eos_token_id is None:

@@ -479,7 +479,10 @@ def test_bad_settings_are_one_sentence(train, config, message):
 
 @pytest.mark.fault
 def test_an_lm_in_parts_is_refused(train, monkeypatch):
-    """As `accelerate launch` says it."""
+    """As `accelerate launch` says it, and as transformers reads it from DeepSpeed's configuration."""
+    monkeypatch.setattr(proxy_ppo, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 is not supported"):
+        train(call=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP is not supported"):
         train(call=False)
