@@ -1,5 +1,6 @@
 """Figures of training and of sweeps, drawn from TRL's log histories (`trainer_state.json`) and from the records."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -231,27 +232,34 @@ def plot_sweep_scores(cells: list[Cell], key: str, path: str | os.PathLike) -> P
 
 
 def plot_sweep_curves(cells: list[Cell], key: str, path: str | os.PathLike, *, smooth: int = 5) -> Path:
-    """Training reward against episodes, a line per run and a colour per value; bands are 95 % intervals of the running
-    mean.
+    """Training reward against episodes, a panel per value with a line per seed, the other values' in grey; bands are
+    95 % intervals of the running mean.
 
     Raises:
         ValueError: if a log has no reward.
     """
-    values = list(dict.fromkeys(cell.value for cell in cells))
+    runs: dict[float, list[np.ndarray]] = {}
+    for cell in cells:
+        curve = running_mean(_logged(cell.log, "reward")[:, [0, 2]], smooth)
+        runs.setdefault(cell.value, []).append(curve.T)
+    shape = -(-len(runs) // 2), min(2, len(runs))
     with plt.rc_context(drawing.RC):
-        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-        labelled = set()
-        for cell in cells:
-            i = values.index(cell.value)
-            color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
-            episodes, mean, half = running_mean(_logged(cell.log, "reward")[:, [0, 2]], smooth).T
-            label = None if cell.value in labelled else f"{key} = {cell.value:g}"
-            labelled.add(cell.value)
-            axis.plot(episodes, mean, color=color, linestyle=line, linewidth=1.6, label=label)
-            axis.fill_between(episodes, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-        axis.set_xlabel("training episodes; band: 95 % interval of the running mean")
-        axis.set_ylabel("mean reward of the rollouts")
-        axis.legend(handlelength=3)
+        size = (3.5 * shape[1], 2.2 * shape[0] + 0.4)
+        figure, axes = plt.subplots(
+            *shape, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+        )
+        for axis in axes.flat[len(runs) :]:
+            axis.set_axis_off()
+        for i, (axis, value) in enumerate(zip(axes.flat, runs)):
+            axis.set_title(f"{key} = {value:g}", loc="left", size=9)
+            for episodes, mean, _ in (curve for other in runs if other != value for curve in runs[other]):
+                axis.plot(episodes, mean, color="0.75", linewidth=0.8)
+            color = drawing.COLORS[(i + 1) % 7]
+            for line, (episodes, mean, half) in zip(itertools.cycle(drawing.LINE_STYLES), runs[value]):
+                axis.plot(episodes, mean, color=color, linestyle=line, linewidth=1.6)
+                axis.fill_between(episodes, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+        figure.supxlabel("training episodes; a line per seed, other values in grey; band: 95 % interval", size=9)
+        figure.supylabel("mean reward of the rollouts", size=9)
         return drawing.save(figure, path)
 
 

@@ -123,12 +123,14 @@ def test_sweep_scores(sweep, figures):
 
 def test_sweep_curves(sweep, figures):
     plots_training.plot_sweep_curves(plots_training.read_sweep(sweep, "p_t"), "p_t", "curves", smooth=2)
-    (axis,) = figures[0].axes
-    drawn = [line.get_xydata() for line in axis.lines]
-    np.testing.assert_allclose(drawn[0], [[8, 0.15], [12, 0.25], [16, 0.35]])
-    np.testing.assert_allclose(drawn[2], [[8, 2.5], [12, 3.5], [16, 4.5]])
-    assert len({line.get_color() for line in axis.lines}) == len({line.get_linestyle() for line in axis.lines}) == 2
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["p_t = 0.01", "p_t = 0.1"]
+    first, second = figures[0].axes
+    assert [axis.get_title(loc="left") for axis in (first, second)] == ["p_t = 0.01", "p_t = 0.1"]
+    own, others = ([line for line in first.lines if (line.get_color() == "0.75") == grey] for grey in (False, True))
+    np.testing.assert_allclose(own[0].get_xydata(), [[8, 0.15], [12, 0.25], [16, 0.35]])
+    assert (len(own), len(others), len(first.collections)) == (1, 2, 1)
+    own = [line for line in second.lines if line.get_color() != "0.75"]
+    np.testing.assert_allclose(own[1].get_xydata(), [[8, 2.5], [12, 3.5], [16, 4.5]])
+    assert len({line.get_linestyle() for line in own}) == len(second.collections) == 2  # a seed each
 
 
 def test_sweep_distributions(sweep, figures):
