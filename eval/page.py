@@ -55,6 +55,19 @@ CAPTIONS = {
     "training_curve": "Reward while training.",
     "over_optimisation": "Training reward and a reward that is not trained on, while training.",
 }
+SWEEP_CAPTIONS = {
+    "scores": "Mean reward on the test prompts by {key}; circles are seeds.",
+    "curves": "Reward while training, by {key}.",
+    "distributions": "How the rewards of the test prompts spread, by {key}.",
+}
+
+
+def _caption(figure: str) -> str:
+    """Of a figure by its file's name; those of a sweep are `sweep_<key>_<what>`."""
+    key, _, what = figure.removeprefix("sweep_").rpartition("_")
+    if figure.startswith("sweep_") and what in SWEEP_CAPTIONS:
+        return SWEEP_CAPTIONS[what].format(key=key)
+    return CAPTIONS.get(figure, figure.replace("_", " "))
 
 
 def _mean(key: str, unit: float = 1.0) -> Callable[[list[dict]], float | None]:
@@ -255,10 +268,7 @@ def render_page(
         hyperparameters=settings_table(chosen),
         all_settings=settings_table(runs),
         evaluation=settings_table(evaluation),
-        figures=[
-            (CAPTIONS.get(path.stem, path.stem.replace("_", " ")), base64.b64encode(path.read_bytes()).decode("ascii"))
-            for path in figures
-        ],
+        figures=[(_caption(path.stem), base64.b64encode(path.read_bytes()).decode("ascii")) for path in figures],
         provenance=[
             (title, sorted({str(r[key] or "unknown") for r in records}))
             for title, key in (("command", "command"), ("git commit", "git_commit"), ("started at", "started_at"))

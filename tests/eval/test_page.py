@@ -154,6 +154,17 @@ def test_nothing_is_loaded_and_only_the_pages_own_code_runs(records, tmp_path):
     assert not any("style" in attributes for _, attributes in page.tags)  # the policy would ignore it
 
 
+def test_figures_have_captions(records, tmp_path):
+    names = ("gains", "sweep_max_steps_scores", "sweep_p_t_curves", "other_figure")
+    figures = [tmp_path / f"{name}.png" for name in names]
+    for figure in figures:
+        figure.write_bytes(b"png")
+    captions = re.findall("<figcaption>(.*?)</figcaption>", render_page(records, figures, {}))
+    assert captions[0].startswith("Gain in reward over SFT")
+    assert captions[1].startswith("Mean reward on the test prompts by max_steps")
+    assert captions[2:] == ["Reward while training, by p_t.", "other figure"]
+
+
 def test_browser_data(records):
     data = browser_data(records)
     assert data["kinds"] == ["everyday", "everyday", "harm-adjacent", "harm-adjacent"]
