@@ -9,7 +9,7 @@ LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --mult
 	--num_machines 1 --mixed_precision no --dynamo_backend no
 OUT ?= outputs/demo
 
-.PHONY: install demo results results-harmless compare compare-quick tune sweeps test lint docs audit clean
+.PHONY: install demo results results-harmless compare compare-quick report tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -49,6 +49,11 @@ compare: $(INSTALLED)
 compare-quick: $(INSTALLED)
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_quick_smollm2_cpu.yaml --launch "env $(LAUNCH)"
 	$(BIN)/python scripts/report.py outputs/compare-quick
+
+# The page of `make compare`, with the figures of `make sweeps` where those are finished.
+SWEPT := $(foreach key,p_t temperature,$(if $(wildcard outputs/sweep_$(key)/sweep.md),$(key)=outputs/sweep_$(key)))
+report: $(INSTALLED)
+	$(BIN)/python scripts/report.py outputs/compare $(if $(strip $(SWEPT)),--sweeps $(SWEPT))
 
 # Learning rates on the validation prompts, which chose those of the recipes.
 tune: $(INSTALLED)

@@ -24,6 +24,7 @@ records that exist with the same settings are kept, so repeating a finished comm
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -95,6 +96,10 @@ class CompareArguments:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
         metadata={"help": "Of sft, proxy, best_of_n. sft is always evaluated: the others are measured against it."},
+    )
+    thresholds: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Every proxy is evaluated at these too: above its own it rejects more, without training."},
     )
     best_of: list[int] = field(
         default_factory=lambda: [2, 4, 8], metadata={"help": "The n of best-of-n, all from the same samples."}
@@ -245,6 +250,21 @@ def read_proxy(name: str) -> Trained:
     )
 
 
+def at_thresholds(one: Trained, thresholds: list[float]) -> list[Trained]:
+    """A proxy once more for every threshold that is not its own; nothing for what has none."""
+    if one.method != "proxy":
+        return []
+    config = ProxyConfig.from_pretrained(one.folder)
+    return [
+        dataclasses.replace(
+            one,
+            variant=describe(dataclasses.replace(config, threshold=threshold)),
+            settings={**one.settings, "threshold": threshold},
+        )
+        for threshold in sorted(set(thresholds) - {config.threshold})
+    ]
+
+
 def read_baseline(folder: str) -> Trained:
     """Reads the output folder of scripts/train_baseline.py, without its weights.
 
@@ -318,7 +338,7 @@ def plan(
         "load_in_8bit": model_args.load_in_8bit,
     }
     jobs = [(Run(method="sft", seed=args.seed, settings=settings, **common), None)]
-    for one in trained:
+    for one in itertools.chain.from_iterable((t, *at_thresholds(t, args.thresholds)) for t in trained):
         run = Run(
             method=one.method,
             variant=one.variant,
@@ -423,11 +443,14 @@ def evaluate(
         print(f"{run.method} ({run.variant}), seed {run.seed}: {trained.folder}")
         if run.method == "proxy":
             model = ProxyModelForCausalLM.from_pretrained(lm, trained.folder)
+            own = trained.settings.get("threshold") is None
+            if not own:
+                model.proxy.config = dataclasses.replace(model.proxy_config, threshold=trained.settings["threshold"])
             policy_lm = model if model.proxy_config.features == "prefix" else None
             policy = ProxyPolicy(model, tokenizer, **decoding)
             run = start(run, **policy.parameters_report())
             record = evaluate_policy(policy, *shared, run=run, policy_lm=policy_lm, **results)
-            if (card := Path(trained.folder, "README.md")).is_file():
+            if own and (card := Path(trained.folder, "README.md")).is_file():
                 add_results(card, record)
         else:
             policy = load_trained(trained.folder, lm, tokenizer, **decoding)

@@ -245,6 +245,23 @@ def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_
     assert again["best_of_n-n=2-seed0"] == second["best_of_n-n=2-seed0"]
 
 
+def test_thresholds(run, folder, tmp_path):
+    """Alignment strength without training: above its own threshold a proxy rejects more."""
+    settings = {"proxies": [folder / "prefix"], "methods": ["proxy"], "output_dir": tmp_path / "out"}
+    records = run(thresholds=[-50, 0, 50], **settings)
+    names = {name.removeprefix("proxy-prefix_p_t=0.02"): record for name, record in records.items() if "proxy" in name}
+    assert names.keys() == {"-seed5", "_threshold=_50.0-seed5", "_threshold=50.0-seed5"}
+    rates = [names[f"{name}-seed5"]["reject_rate"] for name in ("_threshold=_50.0", "", "_threshold=50.0")]
+    assert rates[0] == 0.0 < rates[1] < 1.0 == rates[2]
+    # One that accepts everything is the LM, also for the divergence from it.
+    assert names["_threshold=_50.0-seed5"]["responses"] == records["sft-seed0"]["responses"]
+    assert names["_threshold=_50.0-seed5"]["kl_to_lm"] != names["-seed5"]["kl_to_lm"]
+    assert (tmp_path / "out" / "plots" / "reward_against_threshold.png").is_file()
+    assert run(thresholds=[-50, 0, 50], **settings) == records  # nothing is left to do
+    gain = f"- gain over the LM's greedy decoding: {names['-seed5']['delta_vs_sft']:.3f} (95 % interval "
+    assert gain in (folder / "prefix" / "README.md").read_text()  # it tells of the proxy as it is
+
+
 @pytest.mark.fault
 def test_a_retrained_proxy_is_not_taken_for_the_old_one(run, compare, monkeypatch, folder, tmp_path, tiny_lm):
     monkeypatch.setattr(compare, "draw", lambda *args: None)
