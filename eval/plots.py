@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,7 @@ def plot_gains(records: list[dict], path: str | os.PathLike) -> Path:
         axis.set_ylabel("gain in reward over SFT")
         axis.set_title(drawing.title(records), loc="left", size=9)
         axis.set_xlabel("whiskers: 95 % interval" + ("; dots: seeds" if several else ""))
-        # About 80 characters fit beside one another in the narrowest figure.
-        longest = max((len(name) for name in groups), default=1)
-        figure.legend(loc="outside upper center", ncols=min(len(groups), 3, max(80 // (longest + 8), 1)))
+        figure.legend(loc="outside upper center", ncols=_columns(groups))
         return drawing.save(figure, path)
 
 
@@ -161,7 +160,7 @@ def plot_reward_against_logprob(records: list[dict], path: str | os.PathLike) ->
         axis.set_xlabel("LM log-prob per response token, nats (right: nearer to the LM's own text)")
         axis.set_ylabel("mean reward, 95 % interval")
         axis.set_title(drawing.title(records), loc="left", size=9)
-        figure.legend(loc="outside upper center", ncols=2, handlelength=1)
+        figure.legend(loc="outside upper center", ncols=_columns(groups), handlelength=1)
         return drawing.save(figure, path)
 
 
@@ -201,7 +200,7 @@ def plot_reward_against_threshold(records: list[dict], path: str | os.PathLike) 
         axis.set_xlabel("threshold of the accept logit at inference (right: rejects more)")
         axis.set_ylabel("mean reward, 95 % interval")
         axis.set_title(drawing.title(records), loc="left", size=9)
-        axis.legend()
+        figure.legend(loc="outside upper center", ncols=_columns(lines))
         return drawing.save(figure, path)
 
 
@@ -241,7 +240,7 @@ def plot_cost_against_gain(records: list[dict], path: str | os.PathLike) -> Path
         figure.suptitle(drawing.title(records), size=9)
         handles, names = axes[0].get_legend_handles_labels()
         legend = dict(zip(names, handles))  # best-of-n once
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2)
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=_columns(legend))
         return drawing.save(figure, path)
 
 
@@ -286,14 +285,22 @@ def plot_benchmark(cells: list[dict], path: str | os.PathLike) -> Path:
 
 
 def draw_all(records: list[dict], output_dir: str | os.PathLike) -> list[Path]:
-    """Every figure that the records allow, under `<output_dir>/plots`; returns the PNGs."""
+    """Every figure that the records allow, under `<output_dir>/plots`; returns the PNGs. A proxy at another threshold
+    than its own is in the figure of thresholds alone."""
     folder = Path(output_dir) / "plots"
-    paths = [plot_reward_distributions(records, folder / "reward_distributions")]
-    if find_sft(records) is not None and any(record["method"] != "sft" for record in records):
-        paths.append(plot_gains(records, folder / "gains"))
-        paths.append(plot_win_rates(records, folder / "win_rates"))
-        paths.append(plot_cost_against_gain(records, folder / "cost_against_gain"))
-    paths.append(plot_reward_against_logprob(records, folder / "reward_against_logprob"))
+    own = [record for record in records if record["settings"].get("threshold") is None]
+    paths = [plot_reward_distributions(own, folder / "reward_distributions")]
+    if find_sft(own) is not None and any(record["method"] != "sft" for record in own):
+        paths.append(plot_gains(own, folder / "gains"))
+        paths.append(plot_win_rates(own, folder / "win_rates"))
+        paths.append(plot_cost_against_gain(own, folder / "cost_against_gain"))
+    paths.append(plot_reward_against_logprob(own, folder / "reward_against_logprob"))
     if len({threshold_of(record) for record in records if record["method"] == "proxy"}) > 1:
         paths.append(plot_reward_against_threshold(records, folder / "reward_against_threshold"))
     return paths
+
+
+def _columns(names: Iterable[str]) -> int:
+    """Of a legend outside the axes: about 80 characters fit beside one another in the narrowest figure."""
+    names = list(names)
+    return max(min(len(names), 3, 80 // (max(map(len, names), default=1) + 8)), 1)

@@ -177,6 +177,14 @@ def test_draw_all_writes_png_and_svg(records, tmp_path):
 def test_draw_all_finds_thresholds(records, make_record, tmp_path, figures):
     other = make_record("proxy", [0.0] * 4, records[0], variant="prefix, threshold=1.0")
     assert plots.draw_all([*records, other], tmp_path)[-1].name == "reward_against_threshold"
+    # One that was trained at 0 and moved is in that figure alone.
+    moved = make_record("proxy", [0.0] * 4, records[0], variant="prefix, threshold=2.0", settings={"threshold": 2.0})
+    plots.draw_all([*records, other, moved], tmp_path)
+    texts = [
+        [text.get_text() for axis in figure.axes for text in axis.texts] for figure in figures[len(figures) // 2 :]
+    ]
+    assert any("threshold=1.0" in text for text in texts[0])
+    assert not any("threshold=2.0" in text for text in texts[0])
 
 
 def test_draw_all_of_sft_alone(records, tmp_path, figures):
