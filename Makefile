@@ -51,7 +51,8 @@ compare-quick: $(INSTALLED)
 	$(BIN)/python scripts/report.py outputs/compare-quick
 
 # The page of `make compare`, with the figures of `make sweeps` where those are finished.
-SWEPT := $(foreach key,p_t temperature,$(if $(wildcard outputs/sweep_$(key)/sweep.md),$(key)=outputs/sweep_$(key)))
+SWEEPS := p_t temperature
+SWEPT := $(foreach key,$(SWEEPS),$(if $(wildcard outputs/sweep_$(key)/sweep.md),$(key)=outputs/sweep_$(key)))
 report: $(INSTALLED)
 	$(BIN)/python scripts/report.py outputs/compare $(if $(strip $(SWEPT)),--sweeps $(SWEPT))
 
@@ -63,7 +64,7 @@ tune: $(INSTALLED)
 
 # The paper's sweeps of p_t and the temperature.
 sweeps: $(INSTALLED)
-	for field in p_t temperature; do \
+	for field in $(SWEEPS); do \
 		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_$$field.yaml --launch "env $(LAUNCH)" || exit 1; \
 	done
 

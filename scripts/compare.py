@@ -168,6 +168,7 @@ class Trained:
     train_seconds: float | None
     train_peak_memory_mb: float | None
     log: TrainingLog | None
+    config: ProxyConfig | None = None  # of a proxy
 
 
 def make_parser() -> TrlParser:
@@ -240,6 +241,7 @@ def read_proxy(name: str) -> Trained:
         method="proxy",
         folder=folder,
         seed=seed,
+        config=config,
         variant=describe(config),
         settings={
             "proxy_config_sha256": hashlib.sha256(Path(proxy_file(folder, CONFIG_NAME)).read_bytes()).hexdigest(),
@@ -252,16 +254,15 @@ def read_proxy(name: str) -> Trained:
 
 def at_thresholds(one: Trained, thresholds: list[float]) -> list[Trained]:
     """A proxy once more for every threshold that is not its own; nothing for what has none."""
-    if one.method != "proxy":
+    if one.config is None:
         return []
-    config = ProxyConfig.from_pretrained(one.folder)
     return [
         dataclasses.replace(
             one,
-            variant=describe(dataclasses.replace(config, threshold=threshold)),
+            variant=describe(dataclasses.replace(one.config, threshold=threshold)),
             settings={**one.settings, "threshold": threshold},
         )
-        for threshold in sorted(set(thresholds) - {config.threshold})
+        for threshold in sorted(set(thresholds) - {one.config.threshold})
     ]
 
 
@@ -443,14 +444,14 @@ def evaluate(
         print(f"{run.method} ({run.variant}), seed {run.seed}: {trained.folder}")
         if run.method == "proxy":
             model = ProxyModelForCausalLM.from_pretrained(lm, trained.folder)
-            own = trained.settings.get("threshold") is None
-            if not own:
-                model.proxy.config = dataclasses.replace(model.proxy_config, threshold=trained.settings["threshold"])
+            threshold = trained.settings.get("threshold")  # where it is not the proxy's own
+            if threshold is not None:
+                model.proxy.config = dataclasses.replace(model.proxy_config, threshold=threshold)
             policy_lm = model if model.proxy_config.features == "prefix" else None
             policy = ProxyPolicy(model, tokenizer, **decoding)
             run = start(run, **policy.parameters_report())
             record = evaluate_policy(policy, *shared, run=run, policy_lm=policy_lm, **results)
-            if own and (card := Path(trained.folder, "README.md")).is_file():
+            if threshold is None and (card := Path(trained.folder, "README.md")).is_file():
                 add_results(card, record)
         else:
             policy = load_trained(trained.folder, lm, tokenizer, **decoding)

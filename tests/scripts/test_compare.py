@@ -253,7 +253,7 @@ def test_thresholds(run, folder, tmp_path):
     assert names.keys() == {"-seed5", "_threshold=_50.0-seed5", "_threshold=50.0-seed5"}
     rates = [names[f"{name}-seed5"]["reject_rate"] for name in ("_threshold=_50.0", "", "_threshold=50.0")]
     assert rates[0] == 0.0 < rates[1] < 1.0 == rates[2]
-    # One that accepts everything is the LM, also for the divergence from it.
+    # One that accepts everything is the LM; the divergence is of the moved gate, too.
     assert names["_threshold=_50.0-seed5"]["responses"] == records["sft-seed0"]["responses"]
     assert names["_threshold=_50.0-seed5"]["kl_to_lm"] != names["-seed5"]["kl_to_lm"]
     assert (tmp_path / "out" / "plots" / "reward_against_threshold.png").is_file()
