@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 
 from baselines.best_of_n import BestOfNPolicy
@@ -138,6 +139,11 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
             found = json.load(file)
         if found["made_with"] == made_with:
             return Dataset.from_list(found["pairs"]), found["seconds"]
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "ZeRO-3 has cut the LM into parts before pairs could be sampled from it: take "
+            "scripts/accelerate_configs/fsdp2.yaml, or `--pairs dataset`."
+        )
     started = time.monotonic()
     prompts = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
     if run_args.num_pair_prompts:

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "scripts" / "accelerate_configs"
 EXPECTED = {
     "multi_gpu": {"multi_gpu": True},
+    "fsdp2": {"use_fsdp": True, "fsdp_version": 2},
     "zero2": {"use_deepspeed": True, "zero_stage": 2},
+    "zero3": {"use_deepspeed": True, "zero_stage": 3},
 }
 
 
@@ -34,8 +36,8 @@ def test_accelerate_knows_every_setting(name):
     args.nondefault = []
     args, defaults, _ = _validate_launch_command(args)
     assert {key: getattr(args, key) for key in EXPECTED[name]} == EXPECTED[name]
-    # DeepSpeed would cast all weights to the mixed precision, the gate's too, which learns in float32.
-    if name != "multi_gpu":
+    # DeepSpeed casts all weights to the mixed precision: not the gate's, which learns in float32.
+    if name == "zero2":
         assert defaults.mixed_precision == "no"
 
 

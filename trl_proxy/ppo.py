@@ -6,6 +6,7 @@ import textwrap
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from .actor_critic import ActorCriticTrainer
 from .config import PPOConfig
@@ -26,7 +27,8 @@ class ValueHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., hidden_size)` of any float dtype -> `(...)` float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.float()).squeeze(-1)
+            # float32, but where DeepSpeed or FSDP keeps all weights in another dtype
+            return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
 
 
 class PPOTrainer(ActorCriticTrainer):
@@ -59,8 +61,11 @@ class PPOTrainer(ActorCriticTrainer):
 
     def __init__(self, model, reward_funcs, args: PPOConfig | None = None, **kwargs):
         super().__init__(model=model, reward_funcs=reward_funcs, args=args or PPOConfig(output_dir="ppo"), **kwargs)
+        # DeepSpeed wants one dtype of all that is trained, and keeps a float32 copy of it.
+        trained = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+        dtype = trained if self.is_deepspeed_enabled else torch.float32
         self._head_owner().value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(
-            self.accelerator.device
+            self.accelerator.device, dtype
         )
         self._passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
@@ -131,7 +136,9 @@ class PPOTrainer(ActorCriticTrainer):
         path = os.path.join(checkpoint, VALUE_HEAD_NAME)
         if not os.path.isfile(path):
             raise ValueError(f"{checkpoint} is no checkpoint of PPOTrainer: {VALUE_HEAD_NAME} is missing.")
-        self._head_owner().value_head.load_state_dict(load_file(path))
+        # Also where FSDP has cut the head into parts.
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self._head_owner().value_head, load_file(path), options=options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self._load_value_head(resume_from_checkpoint)
@@ -139,4 +146,5 @@ class PPOTrainer(ActorCriticTrainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self._load_value_head(self.state.best_model_checkpoint)
+        if not self.is_deepspeed_enabled:  # whose checkpoint has it
+            self._load_value_head(self.state.best_model_checkpoint)

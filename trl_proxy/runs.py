@@ -37,6 +37,7 @@ PATIENCE = 20.0  # seconds; torch's launcher kills what has not ended 30 s after
 _NOT_IDENTITY = {
     "resume_from_checkpoint",
     "output_dir",
+    "overwrite_output_dir",
     "logging_dir",
     "disable_tqdm",
     "log_level",

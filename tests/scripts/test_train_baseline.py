@@ -21,6 +21,7 @@ from trl_proxy.guards import RewardError
 ROOT = Path(__file__).parents[2]
 ONLINE = ("rlhf", "rloo", "grpo")
 METHODS = (*ONLINE, "dpo")
+HEAD = "value_head.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +71,31 @@ def test_two_processes_train_one_policy(launch_two, command_line, tmp_path):
     arguments = command_line("rlhf", per_device_train_batch_size=2, beta=0.1)
     result = launch_two("scripts/train_baseline.py", arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[:6000]
-    head = load_file(tmp_path / "rlhf" / "value_head.safetensors")
+    head = load_file(tmp_path / "rlhf" / HEAD)
     assert head["linear.weight"].abs().sum() > 0
     adapter = load_file(tmp_path / "rlhf" / "adapter_model.safetensors")
     assert all(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+    # FSDP, which cuts the LM and the head into parts, comes to the same, in one go or two.
+    def by_fsdp():
+        changes = {"per_device_train_batch_size": 2, "beta": 0.1, "use_cpu": "false", "output_dir": tmp_path / "fsdp"}
+        config = ROOT / "scripts" / "accelerate_configs" / "fsdp2.yaml"
+        arguments = command_line("rlhf", save_total_limit=2, **changes)
+        result = launch_two("tests/fsdp_on_cpu.py", arguments, cwd=tmp_path, config=config)
+        assert result.returncode == 0, result.stderr[:6000]
+        return {name: load_file(tmp_path / "fsdp" / name) for name in ("adapter_model.safetensors", HEAD)}
+
+    once = by_fsdp()
+    assert (tmp_path / "fsdp" / "checkpoint-8" / "pytorch_model_fsdp.bin").exists()  # FSDP's own, of what is trained
+    torch.testing.assert_close(once, {"adapter_model.safetensors": adapter, HEAD: head}, rtol=1e-3, atol=1e-5)
+    shutil.rmtree(tmp_path / "fsdp" / "checkpoint-8")
+    torch.testing.assert_close(by_fsdp(), once, rtol=0, atol=0)
+
+
+def test_zero_3_cannot_sample_pairs(train, monkeypatch):
+    monkeypatch.setattr("baselines.dpo.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 has cut the LM into parts"):
+        train("dpo")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,7 +123,7 @@ def test_it_trains_and_leaves_a_policy(train, method, tmp_path):
     assert results["steps"] == 8
     assert results["train_seconds"] > 0
     assert results["episodes"] == (16 if method in ONLINE else 32)
-    assert (folder / "value_head.safetensors").exists() == (method == "rlhf")
+    assert (folder / HEAD).exists() == (method == "rlhf")
     assert json.loads((folder / "run.json").read_text())["lora_r"] == 4
     lm, tokenizer = load_lm(str(tmp_path / "lm"))
     plain = lm(torch.tensor([[5, 6, 7]])).logits

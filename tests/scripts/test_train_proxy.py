@@ -135,6 +135,7 @@ def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint of another run \(different: learning_rate, p_t\)"):
         run(script, tiny_run(learning_rate=0.5, p_t=0.2), monkeypatch, tmp_path)
     run(script, tiny_run(learning_rate=0.5, overwrite_output_dir="true"), monkeypatch, tmp_path)
+    run(script, tiny_run(learning_rate=0.5), monkeypatch, tmp_path)  # goes on with the new one
     os.remove(tmp_path / "out" / "run.json")
     with pytest.raises(ValueError, match="checkpoint of something else"):
         run(script, tiny_run(), monkeypatch, tmp_path)
