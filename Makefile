@@ -58,7 +58,7 @@ report: $(INSTALLED)
 
 # Learning rates on the validation prompts, which chose those of the recipes.
 tune: $(INSTALLED)
-	for method in proxy rlhf dpo; do \
+	for method in proxy rlhf rloo grpo dpo; do \
 		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_lr_$$method.yaml --launch "env $(LAUNCH)" || exit 1; \
 	done
 
