@@ -9,7 +9,7 @@ LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --mult
 	--num_machines 1 --mixed_precision no --dynamo_backend no
 OUT ?= outputs/demo
 
-.PHONY: install demo results results-harmless compare compare-quick report tune sweeps test lint docs audit clean
+.PHONY: install demo results results-harmless results-long compare compare-quick report tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -39,6 +39,20 @@ results-harmless: $(INSTALLED)
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml \
 		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless --methods sft proxy \
 		--output_dir outputs/results-harmless
+
+# How far a gate gets in an hour: four times the episodes of the demo, then responses of 24 tokens.
+SEED ?= 0
+LONG := outputs/results-long/seed$(SEED)
+FURTHER := --config scripts/recipes/smollm2_cpu.yaml --max_completion_length 24 --learning_rate 4e-4 \
+	--lr_scheduler_type linear --lr_scheduler_kwargs '{}'
+results-long: $(INSTALLED)
+	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $(SEED) --p_t 0.0001 \
+		--max_steps 5120 --lr_scheduler_kwargs '{"num_decay_steps": 3413}' --eval_steps 512 --save_steps 512 \
+		--output_dir $(LONG)/first
+	$(LAUNCH) scripts/train_proxy.py $(FURTHER) --seed $(SEED) --proxy_name_or_path $(LONG)/first \
+		--max_steps 960 --eval_steps 160 --save_steps 160 --output_dir $(LONG)/second
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies $(LONG)/second \
+		--methods sft proxy --output_dir $(LONG)
 
 # Baselines too, from their recipes: about three hours. What is finished is not done again.
 compare: $(INSTALLED)

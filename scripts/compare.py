@@ -291,16 +291,19 @@ def read_baseline(folder: str) -> Trained:
 
 
 def read_results(folder: str) -> dict:
-    """What a training script measured, of finished runs."""
-    results_file = Path(folder, RESULTS_FILE)
+    """What a training script measured, of finished runs. What the proxy that a run began with had cost counts as well;
+    where that is not known, nothing is."""
+    results_file, run_file = Path(folder, RESULTS_FILE), Path(folder, RUN_FILE)
     results = read_json(results_file) if results_file.is_file() else {}
     has_log = bool(results) and Path(folder, "trainer_state.json").is_file()
-    return {
-        "episodes": results.get("episodes"),
-        "train_seconds": results.get("train_seconds"),
-        "train_peak_memory_mb": results.get("train_peak_memory_mb"),
-        "log": training_log(folder) if has_log else None,
-    }
+    values = {key: results.get(key) for key in ("episodes", "train_seconds", "train_peak_memory_mb")}
+    began_with = read_json(run_file).get("proxy_name_or_path") if run_file.is_file() else None
+    if began_with is not None:
+        before = read_results(began_with)
+        for key, combine in {"episodes": sum, "train_seconds": sum, "train_peak_memory_mb": max}.items():
+            both = (before[key], values[key])
+            values[key] = None if None in both else combine(both)
+    return {**values, "log": training_log(folder) if has_log else None}
 
 
 def select_prompts(args: CompareArguments) -> Dataset:

@@ -12,12 +12,14 @@ On a GPU, with any causal LM, dataset and reward model of the hub:
         --reward_model_name_or_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \\
         --output_dir outputs/proxy
 
-The same command again goes on where an interrupted run stopped. `--reward_funcs package.module.function` adds reward
-functions of your own, weighted by `--reward_weights`.
+The same command again goes on where an interrupted run stopped. `--proxy_name_or_path` trains a proxy further, on
+longer responses or another reward, say. `--reward_funcs package.module.function` adds reward functions of your own,
+weighted by `--reward_weights`.
 """
 
 import copy
 import dataclasses
+from dataclasses import dataclass, field
 
 from trl import ModelConfig, TrlParser
 
@@ -45,22 +47,39 @@ ProxyArguments = dataclasses.make_dataclass(
 )
 
 
+@dataclass
+class ProxyRunArguments(RunArguments):
+    """What the baselines' runs do not have."""
+
+    proxy_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A trained proxy to train further, folder or hub id. Its configuration (`features`, `p_t`, ...) "
+            "takes the place of the flags of a new one."
+        },
+    )
+
+
 def make_parser() -> TrlParser:
     """TRL's parser over everything that can be set."""
-    types = (RunArguments, ProxyPPOConfig, ProxyArguments, ModelConfig)
+    types = (ProxyRunArguments, ProxyPPOConfig, ProxyArguments, ModelConfig)
     return TrlParser(types, description=__doc__.partition("\n")[0])
 
 
 def main(
-    run_args: RunArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig
+    run_args: ProxyRunArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig
 ) -> ProxyPPOTrainer:
     """Loads everything, trains, saves the proxy to `output_dir`."""
-    proxy_config = ProxyConfig(**dataclasses.asdict(proxy_args), temperature=training_args.temperature)
+    trained = run_args.proxy_name_or_path
+    if trained:
+        proxy_config = ProxyConfig.from_pretrained(trained)
+    else:
+        proxy_config = ProxyConfig(**dataclasses.asdict(proxy_args), temperature=training_args.temperature)
     run, checkpoint = begin("proxy", run_args, training_args, model_args, proxy_config)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args)
     lm, tokenizer = load_policy(model_args, training_args)
-    model = ProxyModelForCausalLM(lm, proxy_config)
+    model = ProxyModelForCausalLM.from_pretrained(lm, trained) if trained else ProxyModelForCausalLM(lm, proxy_config)
     trainer = ProxyPPOTrainer(
         model=model,
         reward_funcs=rewards,

@@ -396,6 +396,19 @@ def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
     assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_proxy_that_was_trained_further_cost_both_trainings(compare, folder, tmp_path, known):
+    shutil.copytree(folder / "prefix", tmp_path / "first")
+    shutil.copytree(folder / "prefix", tmp_path / "further")
+    if not known:
+        (tmp_path / "first" / "train_results.json").unlink()
+    run = {"seed": 5, "proxy_name_or_path": str(tmp_path / "first")}
+    (tmp_path / "further" / "run.json").write_text(json.dumps(run))
+    proxy = compare.read_proxy(str(tmp_path / "further"))
+    costs = (proxy.episodes, proxy.train_seconds, proxy.train_peak_memory_mb)
+    assert costs == ((48, 15.0, 300.0) if known else (None, None, None))
+
+
 @pytest.mark.fault
 def test_half_a_record_is_named_before_a_model_is_loaded(run, no_model, tmp_path):
     (tmp_path / "records").mkdir()

@@ -49,6 +49,28 @@ def test_it_trains_and_leaves_a_proxy_that_loads(script, tiny_run, tiny_lm, monk
     assert model.gate.mlp[-1].weight.abs().sum() > 0
 
 
+def test_a_trained_proxy_is_trained_further(script, tiny_run, tiny_lm, monkeypatch, tmp_path):
+    """With its own configuration, and the moments of its input as they were."""
+    run(script, tiny_run(p_t=0.02, pooled_features="true"), monkeypatch, tmp_path)
+    first = load_file(tmp_path / "out" / "proxy_model.safetensors")
+    changes = {"proxy_name_or_path": tmp_path / "out", "output_dir": tmp_path / "further", "max_completion_length": 8}
+    run(script, tiny_run(learning_rate=1e-4, **changes), monkeypatch, tmp_path)
+    second = load_file(tmp_path / "further" / "proxy_model.safetensors")
+    change = {name: (second[name] - first[name]).abs().max() for name in first}
+    assert all(value == 0 for name, value in change.items() if ".feature_" in name)
+    weights = [value for name, value in change.items() if name.endswith("weight")]
+    assert min(weights) > 0
+    assert max(weights) < 8 * 1.1e-4  # Adam moves a weight by the rate at most
+    config = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "further").proxy_config
+    assert (config.p_t, config.pooled_features) == (0.02, True)
+
+
+@pytest.mark.fault
+def test_a_proxy_to_train_further_that_is_none(script, tiny_run, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"proxy_config\.json"):
+        run(script, tiny_run(proxy_name_or_path=tmp_path / "lm"), monkeypatch, tmp_path)
+
+
 @pytest.mark.fault
 def test_the_same_command_goes_on_and_equals_one_run(script, tiny_run, monkeypatch, tmp_path):
     run(script, tiny_run(), monkeypatch, tmp_path)
