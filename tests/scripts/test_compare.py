@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from eval.trained import describe, read_proxy
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.card import proxy_card
 from trl_proxy.files import WriteError
@@ -377,34 +378,34 @@ def test_damaged_files_of_a_training_are_named(run, folder, no_model, tmp_path, 
         run(proxies=[tmp_path / "proxy"])
 
 
-def test_variants_name_what_is_not_default(compare):
-    assert compare.describe(ProxyConfig()) == "prefix"
-    assert compare.describe(ProxyConfig(features="candidate", p_t=0.1, gate_hidden_sizes=[64])) == (
+def test_variants_name_what_is_not_default():
+    assert describe(ProxyConfig()) == "prefix"
+    assert describe(ProxyConfig(features="candidate", p_t=0.1, gate_hidden_sizes=[64])) == (
         "candidate, p_t=0.1, gate_hidden_sizes=[64]"
     )
 
 
-def test_a_checkpoint_finds_its_run_file(compare, folder, tmp_path, tiny_lm):
+def test_a_checkpoint_finds_its_run_file(folder, tmp_path, tiny_lm):
     ProxyModelForCausalLM(tiny_lm(), ProxyConfig()).save_pretrained(tmp_path / "out" / "checkpoint-2")
     (tmp_path / "out" / "run.json").write_text(json.dumps({"seed": 9}))
-    proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
+    proxy = read_proxy(str(tmp_path / "out" / "checkpoint-2"))
     assert (proxy.seed, proxy.episodes, proxy.log) == (9, None, None)
     # Without its log a training's curve is not drawn; the rest is known.
     (tmp_path / "out" / "checkpoint-2" / "train_results.json").write_text(json.dumps({"episodes": 24, "steps": 3}))
-    proxy = compare.read_proxy(str(tmp_path / "out" / "checkpoint-2"))
+    proxy = read_proxy(str(tmp_path / "out" / "checkpoint-2"))
     assert (proxy.episodes, proxy.log) == (24, None)
-    assert compare.read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
+    assert read_proxy(f"{folder / 'prefix'}:3").seed == 3  # what the caller says wins
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_proxy_that_was_trained_further_cost_both_trainings(compare, folder, tmp_path, known):
+def test_a_proxy_that_was_trained_further_cost_both_trainings(folder, tmp_path, known):
     shutil.copytree(folder / "prefix", tmp_path / "first")
     shutil.copytree(folder / "prefix", tmp_path / "further")
     if not known:
         (tmp_path / "first" / "train_results.json").unlink()
     run = {"seed": 5, "proxy_name_or_path": str(tmp_path / "first")}
     (tmp_path / "further" / "run.json").write_text(json.dumps(run))
-    proxy = compare.read_proxy(str(tmp_path / "further"))
+    proxy = read_proxy(str(tmp_path / "further"))
     costs = (proxy.episodes, proxy.train_seconds, proxy.train_peak_memory_mb)
     assert costs == ((48, 15.0, 300.0) if known else (None, None, None))
 

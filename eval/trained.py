@@ -1,0 +1,125 @@
+"""What the training scripts leave behind, as comparisons read it: without loading any weights."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.plots_training import TrainingLog, training_log
+from trl_proxy import ProxyConfig
+from trl_proxy.config import CONFIG_NAME, FILLED_IN, WEIGHTS_NAME, proxy_file
+from trl_proxy.runs import RESULTS_FILE, RUN_FILE, read_json
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The folder (or hub repository) of something trained, and what its training left there."""
+
+    method: str
+    folder: str
+    seed: int
+    variant: str
+    settings: dict  # fingerprints of its files
+    adapter_bytes: int
+    episodes: int | None
+    train_seconds: float | None
+    train_peak_memory_mb: float | None
+    log: TrainingLog | None
+    config: ProxyConfig | None = None  # of a proxy
+
+
+def describe(config: ProxyConfig) -> str:
+    """A proxy's variant: its kind of features, and what differs from the default configuration."""
+    named, defaults = {"features", *FILLED_IN}, dataclasses.asdict(ProxyConfig())
+    changed = {k: v for k, v in dataclasses.asdict(config).items() if k not in named and v != defaults[k]}
+    return ", ".join([config.features, *(f"{name}={value}" for name, value in changed.items())])
+
+
+def read_proxy(name: str) -> Trained:
+    """Reads a trained proxy's folder, without its weights.
+
+    Args:
+        name: folder or hub repository, `:<seed>` after it where the folder has no run.json.
+
+    Raises:
+        ValueError: if there is no proxy, or its training seed is not known.
+    """
+    folder, _, tail = name.rpartition(":")
+    folder, seed = (folder, int(tail)) if folder and tail.isdigit() else (name, None)
+    config = ProxyConfig.from_pretrained(folder)
+    weights = Path(proxy_file(folder, WEIGHTS_NAME))
+    # scripts/train_proxy.py leaves its settings in the output folder, beside the proxy or above a checkpoint
+    run = next((read_json(p) for f in (".", "..") if (p := Path(folder, f, RUN_FILE)).is_file()), {})
+    if seed is None:
+        if "seed" not in run:
+            raise ValueError(
+                f"{folder} has no run.json of scripts/train_proxy.py: give its training seed, {folder}:0."
+            )
+        seed = run["seed"]
+    return Trained(
+        method="proxy",
+        folder=folder,
+        seed=seed,
+        config=config,
+        variant=describe(config),
+        settings={
+            "proxy_config_sha256": hashlib.sha256(Path(proxy_file(folder, CONFIG_NAME)).read_bytes()).hexdigest(),
+            "proxy_weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        },
+        adapter_bytes=weights.stat().st_size,
+        **read_results(folder),
+    )
+
+
+def at_thresholds(one: Trained, thresholds: list[float]) -> list[Trained]:
+    """A proxy once more for every threshold that is not its own; nothing for what has none."""
+    if one.config is None:
+        return []
+    return [
+        dataclasses.replace(
+            one,
+            variant=describe(dataclasses.replace(one.config, threshold=threshold)),
+            settings={**one.settings, "threshold": threshold},
+        )
+        for threshold in sorted(set(thresholds) - {one.config.threshold})
+    ]
+
+
+def read_baseline(folder: str) -> Trained:
+    """Reads the output folder of scripts/train_baseline.py, without its weights.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    run_file = Path(folder, RUN_FILE)
+    if not run_file.is_file():
+        raise ValueError(f"{folder} has no {RUN_FILE}: it is no output folder of scripts/train_baseline.py.")
+    run = read_json(run_file)
+    weights = min(Path(folder).glob("*model*.safetensors"), default=None)
+    if weights is None:
+        raise ValueError(f"{folder} holds no trained model yet: let scripts/train_baseline.py finish first.")
+    return Trained(
+        method=run["method"],
+        folder=folder,
+        seed=run["seed"],
+        variant=f"lora_r={run['lora_r']}" if run["use_peft"] else "full",
+        settings={"weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        adapter_bytes=weights.stat().st_size,
+        **read_results(folder),
+    )
+
+
+def read_results(folder: str) -> dict:
+    """What a training script measured, of finished runs. What the proxy that a run began with had cost counts as well;
+    where that is not known, nothing is."""
+    results_file, run_file = Path(folder, RESULTS_FILE), Path(folder, RUN_FILE)
+    results = read_json(results_file) if results_file.is_file() else {}
+    has_log = bool(results) and Path(folder, "trainer_state.json").is_file()
+    values = {key: results.get(key) for key in ("episodes", "train_seconds", "train_peak_memory_mb")}
+    began_with = read_json(run_file).get("proxy_name_or_path") if run_file.is_file() else None
+    if began_with is not None:
+        before = read_results(began_with)
+        for key, combine in {"episodes": sum, "train_seconds": sum, "train_peak_memory_mb": max}.items():
+            both = (before[key], values[key])
+            values[key] = None if None in both else combine(both)
+    return {**values, "log": training_log(folder) if has_log else None}
