@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, StopStringCriteria
 from transformers.utils import logging
 
 from .caches import growing_cache, prefill, read_common_start
+from .config import ProxyConfig
 from .decoding import PrefixGate, StopRecorder, candidate_decode
 from .rollout import ProxyGenerateOutput, record_steps
 from .taps import HiddenTap, PooledTap
@@ -61,15 +62,17 @@ class GatedGeneration:
                 Each decides from its own threshold on; `threshold` is added.
             generation_config, logits_processor, streamer, kwargs: as for `generate` of transformers. `temperature` is
                 that of the proposals. `do_sample` and the truncations (`top_k`, ...) do not apply: `p_t` and
-                `max_candidates` of the configuration decide what is proposed.
+                `max_candidates` of the configuration decide what is proposed. `num_beams` and assisted generation
+                (`assistant_model`, `prompt_lookup_num_tokens`; with `gate_sample` alone) go by the gated logits of
+                `forward`, on which the caller's penalties and bans then act, and make no record of decisions.
 
         Returns:
             `(batch, length)` int64, or with `return_dict_in_generate` a [`rollout.ProxyGenerateOutput`] with the
             record of decisions.
 
         Raises:
-            `ValueError`: beams, assisted generation, right-padded prompts, more tokens than the LM has positions, or
-                proxies that do not go together in one batch.
+            `ValueError`: right-padded prompts, more tokens than the LM has positions, proxies that do not go together
+                in one batch, or beams and assisted generation with candidate or pooled features.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if self._proxy_disabled:
@@ -80,6 +83,14 @@ class GatedGeneration:
         eos_token_ids = _as_list(setting("eos_token_id"))
         _refuse_what_has_no_meaning(setting, kwargs)
         prompts = self._checked_prompts(input_ids, kwargs.pop("attention_mask", None), setting, eos_token_ids)
+        assisted = kwargs.get("assistant_model") is not None or bool(setting("prompt_lookup_num_tokens"))
+        if assisted or (setting("num_beams") or 1) > 1:
+            by_decision = {"threshold": threshold, "tree": tree, "proxy_names": proxy_names}
+            by_decision |= {"temperature": kwargs.get("temperature"), "output_rollout": output_rollout or None}
+            given = [name for name, value in by_decision.items() if value is not None]
+            _check_closed_form(self.proxy_config, assisted, gate_sample, given)
+            kwargs |= {"logits_processor": logits_processor, "streamer": streamer}
+            return self._generate_from_logits(*prompts, generation_config, do_sample=gate_sample, **kwargs)
 
         repeats = setting("num_return_sequences") or 1
         proxy = self.proxy_by_row(proxy_names, len(prompts[0]), repeats, prompts[0].device)
@@ -195,6 +206,16 @@ class GatedGeneration:
             )
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
+    def _generate_from_logits(self, input_ids, attention_mask, generation_config, **options):
+        """transformers' own `generate` on the logits of `forward`: there the gated LM is an LM like any other."""
+        options |= {**dict.fromkeys(_TRUNCATIONS), "temperature": 1.0}
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            options = generation_config.update(**options)
+        return super().generate(  # type: ignore[misc]
+            input_ids, generation_config, attention_mask=attention_mask, **options
+        )
+
     def _checked_prompts(self, input_ids, attention_mask, setting, eos_token_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts and their mask, `(batch, prompt length)` each; `ValueError` where they cannot be gone on from."""
         if input_ids is None:
@@ -222,14 +243,27 @@ def _refuse_what_has_no_meaning(setting, kwargs: dict) -> None:
     """`ValueError` for the options of `generate` that a gate cannot follow; a warning for those that do not apply."""
     if (setting("guidance_scale") or 1) != 1:
         raise ValueError("`guidance_scale` is not supported: it runs the LM a second time in a step; set it to 1.")
-    if (setting("num_beams") or 1) > 1:
-        raise ValueError(
-            f"`num_beams={setting('num_beams')}` is not supported: the gate decides token by token; use 1."
-        )
-    if kwargs.get("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
-        raise ValueError("Assisted generation is not supported: the gate judges the proposals of its own LM.")
     if ignored := [name for name in _TRUNCATIONS if kwargs.get(name) is not None]:
         logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
+
+
+def _check_closed_form(config: ProxyConfig, assisted: bool, gate_sample: bool, by_decision: list[str]) -> None:
+    """`ValueError` where beams or assisted generation cannot go by the logits of `forward`, or were given options of
+    decisions."""
+    if config.features == "candidate" or config.pooled_features:
+        raise ValueError(
+            "`num_beams` and assisted generation need a proxy with features='prefix' and pooled_features=False: leave "
+            "them out (`num_beams=1`)."
+        )
+    if by_decision:
+        raise ValueError(
+            "`num_beams` and assisted generation go by the distribution of the next token, not by decisions: leave "
+            f"out {', '.join(f'`{name}`' for name in by_decision)}."
+        )
+    if assisted and not gate_sample:
+        raise ValueError("Assisted generation draws its tokens: pass `gate_sample=True`.")
+    if gate_sample and not assisted:
+        raise ValueError("Beam search looks for the most probable response: leave out `gate_sample`.")
 
 
 def _setting(kwargs: dict, *args):

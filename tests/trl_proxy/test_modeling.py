@@ -559,6 +559,80 @@ def test_new_proxy_takes_its_sizes_from_the_lm(tiny_lm):
         ProxyModelForCausalLM(tiny_lm(), ProxyConfig(hidden_size=32))
 
 
+# Beams and assistants: by the closed form
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_find_the_most_probable_responses(gated, ragged_batch, kind):
+    """With enough beams, the best of all responses of three tokens, in order and with their log-probabilities."""
+    model, prompts = gated(kind, max_candidates=4, threshold=0.3), ragged_batch((6, 3))
+    beams = 16
+    output = model.generate(
+        **prompts,
+        num_beams=beams,
+        num_return_sequences=4,
+        max_new_tokens=3,
+        eos_token_id=None,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    for row, length in enumerate((6, 3)):
+        ids = prompts["input_ids"][row : row + 1, -length:]
+        scores = {(): 0.0}
+        for _ in range(3):
+            longer = {}
+            for response, score in scores.items():
+                with torch.no_grad():
+                    log_probs = model(torch.cat([ids, torch.tensor([response], dtype=torch.long)], 1)).logits[0, -1]
+                for token in log_probs.isfinite().nonzero()[:, 0].tolist():
+                    longer[(*response, token)] = score + log_probs[token].item()
+            scores = longer
+        assert 4 < len(scores) <= 4 * beams
+        best = sorted(scores, key=scores.get, reverse=True)[:4]
+        found = output.sequences.view(2, 4, -1)[row, :, -3:].tolist()
+        assert found == [list(response) for response in best]
+        expected = torch.tensor([scores[response] for response in best])
+        torch.testing.assert_close(output.sequences_scores.view(2, 4)[row], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
+def test_assisted_generation_draws_from_the_closed_form(tiny_lm, gated, ragged_batch, how):
+    """Frequencies of responses of two tokens, whoever drafts them."""
+    model, ids = gated(max_candidates=3, p_t=0.2), ragged_batch((5,))["input_ids"]
+    ids = torch.cat([ids, ids, ids], 1)  # something to look up
+    helper = {"assistant_model": tiny_lm("llama", seed=7)} if how == "assistant" else {"prompt_lookup_num_tokens": 2}
+    model.generation_config.min_p = 0.9  # of the LM's own sampling, and does not apply
+    with torch.no_grad():
+        first = model(ids).logits[0, -1].exp()
+        expected = {}
+        for token in first.nonzero()[:, 0].tolist():
+            second = model(torch.cat([ids, torch.tensor([[token]])], 1)).logits[0, -1].exp()
+            expected |= {(token, t): (first[token] * second[t]).item() for t in second.nonzero()[:, 0].tolist()}
+    assert len(expected) > 3
+    draws = 300
+    counts = dict.fromkeys(expected, 0)
+    for _ in range(draws):
+        response = model.generate(ids, **helper, gate_sample=True, max_new_tokens=2, eos_token_id=None)[0, -2:]
+        counts[tuple(response.tolist())] += 1
+    usual = [pair for pair, p in expected.items() if p * draws >= 5]
+    rest = draws * (1 - sum(expected[pair] for pair in usual))
+    observed = [*(counts[pair] for pair in usual), draws - sum(counts[pair] for pair in usual)]
+    likely = [*(draws * expected[pair] for pair in usual), rest]
+    if rest < 1:
+        observed, likely = observed[:-1], [x * sum(observed[:-1]) / sum(likely[:-1]) for x in likely[:-1]]
+    assert stats.chisquare(observed, likely).pvalue > 0.001
+
+
+def test_assisted_generation_equals_the_lms_where_the_gate_accepts_everything(tiny_lm, ragged_batch):
+    lm, ids = tiny_lm(), ragged_batch((7,))["input_ids"]
+    model = ProxyModelForCausalLM(lm, ProxyConfig())
+    torch.nn.init.constant_(model.gate.mlp[-1].bias, 50.0)
+    expected = lm.generate(ids, max_new_tokens=20, do_sample=False)
+    drafted = model.generate(ids, assistant_model=tiny_lm("llama", seed=7), gate_sample=True, max_new_tokens=20)
+    assert drafted.tolist() == expected.tolist()
+
+
 # Refused input
 
 
@@ -568,11 +642,12 @@ def test_refused_by_name(gated, ragged_batch, features):
     model = gated(features=features)
     ids = ragged_batch((5, 5))["input_ids"]
     right_padded = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    of_decisions = {"threshold": 0.5, "temperature": 0.7}
+    by_logits = {"prefix": "leave out `threshold`, `temperature`", "candidate": "need a proxy with"}[features]
     bad = [
-        ({"num_beams": 2}, "`num_beams=2` is not supported"),
-        ({"generation_config": GenerationConfig(num_beams=3)}, "`num_beams=3` is not supported"),
-        ({"assistant_model": model.lm}, "Assisted generation is not supported"),
-        ({"prompt_lookup_num_tokens": 3}, "Assisted generation is not supported"),
+        ({"num_beams": 2, **of_decisions}, by_logits),
+        ({"assistant_model": model.lm, **of_decisions}, by_logits),
+        ({"prompt_lookup_num_tokens": 3, **of_decisions}, by_logits),
         ({"attention_mask": right_padded}, "padded on the right: set `tokenizer.padding_side = 'left'`"),
         ({"max_new_tokens": 252}, r"need 257 positions \(5 \+ 252\), the LM has 256"),
         ({"max_length": 257}, r"need 257 positions .*the LM has 256"),
@@ -588,6 +663,19 @@ def test_refused_by_name(gated, ragged_batch, features):
             model.generate(**({"inputs": ids} | kwargs))
     hook.remove()
     assert not calls, "refused before work starts"
+
+
+@pytest.mark.fault
+def test_beams_and_assistants_are_refused_by_name(gated, ragged_batch):
+    ids = ragged_batch((5,))["input_ids"]
+    model = gated()
+    with pytest.raises(ValueError, match="leave out `gate_sample`"):
+        model.generate(ids, generation_config=GenerationConfig(num_beams=3), gate_sample=True)
+    with pytest.raises(ValueError, match="pass `gate_sample=True`"):
+        model.generate(ids, prompt_lookup_num_tokens=3)
+    for model in (gated(pooled_features=True), gated(features="candidate")):
+        with pytest.raises(ValueError, match="need a proxy with features='prefix' and pooled_features=False"):
+            model.generate(ids, num_beams=2)
 
 
 @pytest.mark.parametrize("features", FEATURES)
