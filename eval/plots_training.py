@@ -87,45 +87,65 @@ def _logged(run: TrainingLog, key: str) -> np.ndarray:
     return points
 
 
-def plot_training_curve(runs: dict[str, list[TrainingLog]], path: str | os.PathLike, *, smooth: float = 0.1) -> Path:
+def plot_training_curve(
+    runs: dict[str, list[TrainingLog]],
+    path: str | os.PathLike,
+    *,
+    keys: dict[str, str] | None = None,
+    smooth: float = 0.1,
+) -> Path:
     """Reward of the rollouts against training episodes, and against seconds where they were logged: a running mean per
     seed, and evaluations on held-out prompts as markers.
 
     Args:
         runs: name of the method -> its runs, one per seed.
+        keys: what is drawn, a row of panels each: the log's key -> the label. By default the reward; of methods that
+            draw other mixtures of prompts, the single functions' (`rewards/<name>/mean`) can be compared better.
         smooth: share of a run's log entries in the running mean.
 
     Raises:
-        ValueError: if a log has no reward.
+        ValueError: if a log lacks one of the keys.
     """
+    keys = keys or {"reward": "mean reward of the rollouts"}
     points = {
-        name: [(_logged(run, "reward"), training_points(run, "eval_reward")) for run in seeds]
+        (name, key): [(_logged(run, key), training_points(run, f"eval_{key}")) for run in seeds]
         for name, seeds in runs.items()
+        for key in keys
     }
     timed = not any(np.isnan(train[:, 1]).any() for seeds in points.values() for train, _ in seeds)
     titles = ["training episodes, log scale", "seconds of training"][: 1 + timed]
     with plt.rc_context(drawing.RC):
-        size = (4.5 * len(titles) + 1, 4)
-        figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False, layout="constrained")
-        for column, (axis, title) in enumerate(zip(axes[0], titles, strict=True)):
-            for i, (name, seeds) in enumerate(points.items()):
-                look = {"color": drawing.COLORS[(i + 1) % 7]}
-                for k, (train, evaluations) in enumerate(seeds):
-                    mean = running_mean(train[:, [column, 2]], max(1, round(smooth * len(train))))
-                    label = name if k == 0 else None
-                    axis.plot(*mean[:, :2].T, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.6, label=label, **look)
-                    if len(evaluations):
-                        label = f"{name}, held-out prompts" if k == 0 else None
-                        look_at = {"markersize": 7, "markeredgecolor": "white", **look}
-                        axis.plot(*evaluations[:, [column, 2]].T, drawing.MARKERS[i % 7], label=label, **look_at)
+        size = (4.5 * len(titles) + 1, 1 + 3 * len(keys))
+        figure, axes = plt.subplots(
+            len(keys), len(titles), figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained"
+        )
+        for row, (key, label) in enumerate(keys.items()):
+            for column, axis in enumerate(axes[row]):
+                for i, name in enumerate(runs):
+                    _draw_runs(axis, points[name, key], column, i, name, smooth)
+            axes[row, 0].set_ylabel(label)
+        for axis, title in zip(axes[-1], titles, strict=True):
             axis.set_xlabel(title)
-        axes[0, 0].set_xscale("log")  # an update of the whole LM costs as much as many of a gate
-        axes[0, 0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[0, 0].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes[0, 0].xaxis.set_minor_formatter(NullFormatter())
-        axes[0, 0].set_ylabel("mean reward of the rollouts")
+        for axis in axes[:, 0]:
+            axis.set_xscale("log")  # an update of the whole LM costs as much as many of a gate
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, handlelength=3)
         return drawing.save(figure, path)
+
+
+def _draw_runs(axis, seeds: list[tuple[np.ndarray, np.ndarray]], column: int, i: int, name: str, smooth: float):
+    """The i-th method's running means and evaluations against the points' `column`."""
+    look = {"color": drawing.COLORS[(i + 1) % 7]}
+    for k, (train, evaluations) in enumerate(seeds):
+        mean = running_mean(train[:, [column, 2]], max(1, round(smooth * len(train))))
+        label = name if k == 0 else None
+        axis.plot(*mean[:, :2].T, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.6, label=label, **look)
+        if len(evaluations):
+            label = f"{name}, held-out prompts" if k == 0 else None
+            look_at = {"markersize": 7, "markeredgecolor": "white", **look}
+            axis.plot(*evaluations[:, [column, 2]].T, drawing.MARKERS[i % 7], label=label, **look_at)
 
 
 def plot_over_optimisation(
