@@ -40,16 +40,14 @@ results-harmless: $(INSTALLED)
 		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless --methods sft proxy \
 		--output_dir outputs/results-harmless
 
-# How far a gate gets in an hour: four times the episodes of the demo on four times the prompts, which it would learn by
-# heart otherwise, then responses of 24 tokens.
+# How far a gate gets in an hour: four times the episodes of the demo, then responses of 24 tokens.
 SEED ?= 0
 LONG := outputs/results-long/seed$(SEED)
-MORE_PROMPTS := --dataset_train_split train+more+train_everyday+more_everyday
 results-long: $(INSTALLED)
-	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $(SEED) $(MORE_PROMPTS) --p_t 0.0001 \
+	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $(SEED) --p_t 0.0001 \
 		--max_steps 5120 --lr_scheduler_kwargs '{"num_decay_steps": 3413}' --eval_steps 512 --save_steps 512 \
 		--output_dir $(LONG)/first
-	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $(SEED) $(MORE_PROMPTS) \
+	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $(SEED) \
 		--proxy_name_or_path $(LONG)/first --max_completion_length 24 --learning_rate 4e-4 --max_steps 960 \
 		--lr_scheduler_type linear --lr_scheduler_kwargs '{}' --eval_steps 160 --save_steps 160 \
 		--output_dir $(LONG)/second

