@@ -40,6 +40,19 @@ def test_training_curve_against_seconds(tmp_path, figures):
     assert (episodes.get_xscale(), seconds.get_xscale()) == ("log", "linear")
 
 
+def test_training_curve_of_several_rewards(tmp_path, figures):
+    path = tmp_path / "trainer_state.json"
+    history = [{"step": step, "rewards/a/mean": 1.0 * step, "rewards/b/mean": 2.0 * step} for step in (1, 2)]
+    path.write_text(json.dumps({"log_history": [*history, {"step": 2, "eval_rewards/b/mean": 9.0}]}))
+    log = plots_training.TrainingLog(path, 1.0)
+    keys = {"rewards/a/mean": "first", "rewards/b/mean": "second"}
+    plots_training.plot_training_curve({"x": [log]}, "curve", keys=keys)
+    above, below = figures[0].axes
+    assert [axis.get_ylabel() for axis in (above, below)] == ["first", "second"]
+    assert above.lines[0].get_xydata().tolist() == [[1.0, 1.0], [2.0, 2.0]]
+    assert [line.get_xydata().tolist() for line in below.lines] == [[[1.0, 2.0], [2.0, 4.0]], [[2.0, 9.0]]]
+
+
 @pytest.mark.fault
 def test_training_curve_without_rewards(tmp_path, figures):
     path = tmp_path / "trainer_state.json"
