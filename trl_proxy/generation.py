@@ -262,8 +262,11 @@ def _check_closed_form(config: ProxyConfig, assisted: bool, gate_sample: bool, b
         )
     if assisted and not gate_sample:
         raise ValueError("Assisted generation draws its tokens: pass `gate_sample=True`.")
-    if gate_sample and not assisted:
-        raise ValueError("Beam search looks for the most probable response: leave out `gate_sample`.")
+    if not assisted and (gate_sample or config.proposal == "sampled"):
+        raise ValueError(
+            "Beam search looks for the most probable response: leave out `gate_sample`, and let `proposal` "
+            "of the proxy be 'ranked'."
+        )
 
 
 def _setting(kwargs: dict, *args):

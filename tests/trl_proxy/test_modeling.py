@@ -671,6 +671,8 @@ def test_beams_and_assistants_are_refused_by_name(gated, ragged_batch):
     model = gated()
     with pytest.raises(ValueError, match="leave out `gate_sample`"):
         model.generate(ids, generation_config=GenerationConfig(num_beams=3), gate_sample=True)
+    with pytest.raises(ValueError, match="`proposal` of the proxy be 'ranked'"):
+        gated(proposal="sampled").generate(ids, num_beams=3)
     with pytest.raises(ValueError, match="pass `gate_sample=True`"):
         model.generate(ids, prompt_lookup_num_tokens=3)
     for model in (gated(pooled_features=True), gated(features="candidate")):
