@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from scipy import stats
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -282,3 +283,25 @@ def fork_server(tmp_path_factory):
     yield start
     server.kill()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def pooled_chisquare():
+    """`pooled_chisquare(observed, probabilities)`: whether draws are of a distribution."""
+
+    def p_value(observed, probabilities) -> float:
+        """p-value of a chi-square test, cells of small expectation pooled into one."""
+        observed = np.asarray(observed, dtype=float)
+        expected = np.asarray(probabilities, dtype=float)
+        expected = expected / expected.sum() * observed.sum()
+        small = expected < 5
+        if small.any():
+            observed = np.append(observed[~small], observed[small].sum())
+            expected = np.append(expected[~small], expected[small].sum())
+        if expected[-1] == 0:
+            assert observed[-1] == 0
+            observed, expected = observed[:-1], expected[:-1]
+        assert len(expected) > 2
+        return stats.chisquare(observed, expected).pvalue
+
+    return p_value

@@ -118,9 +118,7 @@ class GatedGeneration:
             "num_return_sequences": 1,
             "stop_strings": None,
         }
-        if generation_config is not None:
-            generation_config = copy.deepcopy(generation_config)
-            options = generation_config.update(**options)
+        generation_config, options = _merged(generation_config, options)
         processors = LogitsProcessorList(logits_processor or [])
 
         if config.features == "candidate":
@@ -198,20 +196,14 @@ class GatedGeneration:
         Raises:
             `ValueError`: candidate features have no such logits, and pooled features are of one text at a time.
         """
-        if not self._proxy_disabled and (
-            self.proxy_config.features == "candidate" or self.proxy_config.pooled_features
-        ):
-            raise ValueError(
-                "Continuous batching needs a proxy with features='prefix' and pooled_features=False: use `generate`."
-            )
+        if not self._proxy_disabled:
+            _check_steps(self.proxy_config, "Continuous batching needs", "use `generate`")
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _generate_from_logits(self, input_ids, attention_mask, generation_config, **options):
         """transformers' own `generate` on the logits of `forward`: there the gated LM is an LM like any other."""
         options |= {**dict.fromkeys(_TRUNCATIONS), "temperature": 1.0}
-        if generation_config is not None:
-            generation_config = copy.deepcopy(generation_config)
-            options = generation_config.update(**options)
+        generation_config, options = _merged(generation_config, options)
         return super().generate(  # type: ignore[misc]
             input_ids, generation_config, attention_mask=attention_mask, **options
         )
@@ -247,14 +239,17 @@ def _refuse_what_has_no_meaning(setting, kwargs: dict) -> None:
         logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
 
 
+def _check_steps(config: ProxyConfig, who_needs: str, instead: str) -> None:
+    """`ValueError` where others cannot step through `forward` with a cache of their own: candidate features have no
+    gated logits, and what pooled features have read stays with one text in one cache."""
+    if config.features == "candidate" or config.pooled_features:
+        raise ValueError(f"{who_needs} a proxy with features='prefix' and pooled_features=False: {instead}.")
+
+
 def _check_closed_form(config: ProxyConfig, assisted: bool, gate_sample: bool, by_decision: list[str]) -> None:
     """`ValueError` where beams or assisted generation cannot go by the logits of `forward`, or were given options of
     decisions."""
-    if config.features == "candidate" or config.pooled_features:
-        raise ValueError(
-            "`num_beams` and assisted generation need a proxy with features='prefix' and pooled_features=False: leave "
-            "them out (`num_beams=1`)."
-        )
+    _check_steps(config, "`num_beams` and assisted generation need", "leave them out (`num_beams=1`)")
     if by_decision:
         raise ValueError(
             "`num_beams` and assisted generation go by the distribution of the next token, not by decisions: leave "
@@ -267,6 +262,15 @@ def _check_closed_form(config: ProxyConfig, assisted: bool, gate_sample: bool, b
             "Beam search looks for the most probable response: leave out `gate_sample`, and let `proposal` "
             "of the proxy be 'ranked'."
         )
+
+
+def _merged(generation_config, options: dict) -> tuple[Any, dict]:
+    """A copy of the caller's generation configuration with these options, and those of them that are not its own; just
+    the options where there is no configuration."""
+    if generation_config is None:
+        return None, options
+    generation_config = copy.deepcopy(generation_config)
+    return generation_config, generation_config.update(**options)
 
 
 def _setting(kwargs: dict, *args):

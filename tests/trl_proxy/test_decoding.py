@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -689,24 +688,10 @@ def test_the_seed_fixes_sampled_decisions(tiny_lm, ragged_batch, with_random_gat
     assert first.sequences.tolist() != other.sequences.tolist()
 
 
-def pooled_chisquare(observed, probabilities) -> float:
-    """p-value of a chi-square test, cells of small expectation pooled into one."""
-    observed = np.asarray(observed, dtype=float)
-    expected = np.asarray(probabilities, dtype=float)
-    expected = expected / expected.sum() * observed.sum()
-    small = expected < 5
-    if small.any():
-        observed = np.append(observed[~small], observed[small].sum())
-        expected = np.append(expected[~small], expected[small].sum())
-    if expected[-1] == 0:
-        assert observed[-1] == 0
-        observed, expected = observed[:-1], expected[:-1]
-    assert len(expected) > 2
-    return stats.chisquare(observed, expected).pvalue
-
-
 @pytest.mark.parametrize("threshold", [0.0, 0.8])
-def test_closed_form_equals_frequencies_of_sequential_decisions(tiny_lm, ragged_batch, with_random_gate, threshold):
+def test_closed_form_equals_frequencies_of_sequential_decisions(
+    tiny_lm, ragged_batch, with_random_gate, threshold, pooled_chisquare
+):
     """`forward`'s gated logits against 6,000 first and second tokens drawn by `generate`, one decision at a time."""
     n = 6_000
     config = ProxyConfig(p_t=0.05, max_candidates=6, threshold=threshold)
@@ -726,7 +711,9 @@ def test_closed_form_equals_frequencies_of_sequential_decisions(tiny_lm, ragged_
     assert pooled_chisquare(np.bincount(drawn[drawn[:, 0] == top, 1], minlength=96), second) > 1e-3
 
 
-def test_sequential_decisions_with_candidate_features(tiny_lm, ragged_batch, with_random_gate, brute_force):
+def test_sequential_decisions_with_candidate_features(
+    tiny_lm, ragged_batch, with_random_gate, brute_force, pooled_chisquare
+):
     """The same law, with accept probabilities that need a forward per candidate."""
     n = 4_000
     model = with_random_gate(tiny_lm(), ProxyConfig(features="candidate", max_candidates=5), scale=0.7, bias=-0.3)
@@ -746,7 +733,9 @@ def test_sequential_decisions_with_candidate_features(tiny_lm, ragged_batch, wit
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("features", FEATURES)
-def test_sampled_proposals_all_accepted_sample_the_truncated_lm(tiny_lm, ragged_batch, features, temperature):
+def test_sampled_proposals_all_accepted_sample_the_truncated_lm(
+    tiny_lm, ragged_batch, features, temperature, pooled_chisquare
+):
     n = 6_000
     lm = tiny_lm(seed=1)
     config = ProxyConfig(features=features, proposal="sampled", p_t=0.1, temperature=temperature)

@@ -597,7 +597,7 @@ def test_beams_find_the_most_probable_responses(gated, ragged_batch, kind):
 
 
 @pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
-def test_assisted_generation_draws_from_the_closed_form(tiny_lm, gated, ragged_batch, how):
+def test_assisted_generation_draws_from_the_closed_form(tiny_lm, gated, ragged_batch, pooled_chisquare, how):
     """Frequencies of responses of two tokens, whoever drafts them."""
     model, ids = gated(max_candidates=3, p_t=0.2), ragged_batch((5,))["input_ids"]
     ids = torch.cat([ids, ids, ids], 1)  # something to look up
@@ -610,18 +610,11 @@ def test_assisted_generation_draws_from_the_closed_form(tiny_lm, gated, ragged_b
             second = model(torch.cat([ids, torch.tensor([[token]])], 1)).logits[0, -1].exp()
             expected |= {(token, t): (first[token] * second[t]).item() for t in second.nonzero()[:, 0].tolist()}
     assert len(expected) > 3
-    draws = 300
     counts = dict.fromkeys(expected, 0)
-    for _ in range(draws):
+    for _ in range(300):
         response = model.generate(ids, **helper, gate_sample=True, max_new_tokens=2, eos_token_id=None)[0, -2:]
         counts[tuple(response.tolist())] += 1
-    usual = [pair for pair, p in expected.items() if p * draws >= 5]
-    rest = draws * (1 - sum(expected[pair] for pair in usual))
-    observed = [*(counts[pair] for pair in usual), draws - sum(counts[pair] for pair in usual)]
-    likely = [*(draws * expected[pair] for pair in usual), rest]
-    if rest < 1:
-        observed, likely = observed[:-1], [x * sum(observed[:-1]) / sum(likely[:-1]) for x in likely[:-1]]
-    assert stats.chisquare(observed, likely).pvalue > 0.001
+    assert pooled_chisquare(list(counts.values()), list(expected.values())) > 0.001
 
 
 def test_assisted_generation_equals_the_lms_where_the_gate_accepts_everything(tiny_lm, ragged_batch):
