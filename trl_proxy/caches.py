@@ -1,5 +1,6 @@
 """Keys and values of what the LM has read: a cache that grows in place, for `generate`, what prompts share being read
-once, and a cache with one write position per row, for the loop of candidate features."""
+once, and a cache with one write position per row, for the loop of candidate features. And what pooled features add to
+a cache."""
 
 from typing import Any
 
@@ -56,6 +57,48 @@ def growing_cache(lm: nn.Module) -> DynamicCache | None:
         return None
     cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class _SumsLayer(_RoomyLayer):
+    """Beside the LM's layers in its cache: sums of hidden states up to each token, as keys, and how many they are, as
+    values. So they follow whatever is done to the cache: rows reordered for beams, drafted tokens cropped."""
+
+    def __init__(self, feature_layers: list[int]):
+        super().__init__()
+        self.feature_layers = feature_layers
+
+
+def sums_so_far(
+    cache: Cache | None, past: int, feature_layers: list[int], hidden: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What pooled features are made of: sums of the hidden states up to each new position, and how many they are.
+
+    Args:
+        cache: in which these sums are kept, and taken up again.
+        past: how many tokens it held before.
+        feature_layers: whose states these are.
+        hidden: `(batch, length, d)` of the new positions.
+        mask: `(batch, length)` float32, 0 for padding.
+
+    Returns:
+        `(batch, length, d)` and `(batch, length, 1)` in float32.
+
+    Raises:
+        `ValueError`: the cache holds tokens whose states were not seen.
+    """
+    total, count = (hidden.float() * mask[..., None]).cumsum(1), mask.cumsum(1)[..., None]
+    if cache is None:
+        return total, count
+    mine = (x for x in cache.layers if isinstance(x, _SumsLayer) and x.feature_layers == feature_layers)
+    layer = next(mine, None) or _SumsLayer(feature_layers)
+    if layer.get_seq_length() != past:
+        raise ValueError("Pooled features need to have seen the whole text: this cache was filled elsewhere.")
+    if past:
+        total, count = total + layer.keys[:, 0, -1:], count + layer.values[:, 0, -1:]
+    if layer not in cache.layers:
+        cache.layers.append(layer)
+    layer.update(total[:, None], count[:, None])
+    return total, count
 
 
 def common_start(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:

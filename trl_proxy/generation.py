@@ -72,7 +72,7 @@ class GatedGeneration:
 
         Raises:
             `ValueError`: right-padded prompts, more tokens than the LM has positions, proxies that do not go together
-                in one batch, or beams and assisted generation with candidate or pooled features.
+                in one batch, or beams and assisted generation with candidate features.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         if self._proxy_disabled:
@@ -196,8 +196,11 @@ class GatedGeneration:
         Raises:
             `ValueError`: candidate features have no such logits, and pooled features are of one text at a time.
         """
-        if not self._proxy_disabled:
-            _check_steps(self.proxy_config, "Continuous batching needs", "use `generate`")
+        config = self.proxy_config
+        if not self._proxy_disabled and (config.features == "candidate" or config.pooled_features):
+            raise ValueError(
+                "Continuous batching needs a proxy with features='prefix' and pooled_features=False: use `generate`."
+            )
         return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _generate_from_logits(self, input_ids, attention_mask, generation_config, **options):
@@ -239,17 +242,13 @@ def _refuse_what_has_no_meaning(setting, kwargs: dict) -> None:
         logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
 
 
-def _check_steps(config: ProxyConfig, who_needs: str, instead: str) -> None:
-    """`ValueError` where others cannot step through `forward` with a cache of their own: candidate features have no
-    gated logits, and what pooled features have read stays with one text in one cache."""
-    if config.features == "candidate" or config.pooled_features:
-        raise ValueError(f"{who_needs} a proxy with features='prefix' and pooled_features=False: {instead}.")
-
-
 def _check_closed_form(config: ProxyConfig, assisted: bool, gate_sample: bool, by_decision: list[str]) -> None:
     """`ValueError` where beams or assisted generation cannot go by the logits of `forward`, or were given options of
     decisions."""
-    _check_steps(config, "`num_beams` and assisted generation need", "leave them out (`num_beams=1`)")
+    if config.features == "candidate":
+        raise ValueError(
+            "`num_beams` and assisted generation need a proxy with features='prefix': leave them out (`num_beams=1`)."
+        )
     if by_decision:
         raise ValueError(
             "`num_beams` and assisted generation go by the distribution of the next token, not by decisions: leave "

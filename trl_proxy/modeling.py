@@ -10,7 +10,6 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import HfApi
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from .caches import sums_so_far
 from .candidates import Candidates, candidate_scalars
 from .card import proxy_card
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
@@ -88,8 +88,6 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         self.proxies = nn.ModuleDict()
         self.active_proxy = "default"
         self._proxy_disabled = False
-        # Sum and number of the hidden states that a cache stands for, where pooled features need them.
-        self._pools: WeakKeyDictionary = WeakKeyDictionary()
         self.proxies["default"] = self._new_proxy(proxy_config or ProxyConfig())
         # Neither broadcast nor reduced by DDP: every process loads the same frozen LM.
         self._ddp_params_and_buffers_to_ignore = [
@@ -363,8 +361,12 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
         candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
         hidden = tap.hidden
         if self.proxy_config.pooled_features:
-            pooled = self._pool_so_far(hidden, attention_mask, past, past_key_values, output)
-            hidden = torch.cat([hidden, pooled.to(hidden.dtype)], dim=-1)
+            mask = torch.ones(hidden.shape[:2], device=hidden.device)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                mask = attention_mask[:, -length:].to(mask)
+            cache = output.get("past_key_values") if past_key_values is None else past_key_values
+            total, count = sums_so_far(cache, past, self.proxy_config.feature_layers, hidden, mask)
+            hidden = torch.cat([hidden, (total / count.clamp(min=1)).to(hidden.dtype)], dim=-1)
         hidden = hidden[:, keep]
         accept_logits = self._judge(self.proxy, hidden.flatten(0, 1), candidates, positions)
         log_probs = gated_log_probs(accept_logits - self.proxy_config.threshold, candidates.mask)
@@ -377,20 +379,6 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
                 logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size
             )
         return output
-
-    def _pool_so_far(self, hidden, attention_mask, past: int, cache, output) -> torch.Tensor:
-        """Mean `(batch, length, hidden_size)` of the hidden states up to each position, the cache's included."""
-        mask = torch.ones(hidden.shape[:2], device=hidden.device)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -hidden.shape[1] :].to(mask)
-        total, count = (hidden.float() * mask[..., None]).cumsum(1), mask.cumsum(1)
-        if past:
-            if cache not in self._pools:
-                raise ValueError("Pooled features need to have seen the whole text: this cache was filled elsewhere.")
-            total, count = total + self._pools[cache][0][:, None], count + self._pools[cache][1][:, None]
-        if output.get("past_key_values") is not None:
-            self._pools[output.past_key_values] = (total[:, -1], count[:, -1])
-        return total / count.clamp(min=1)[..., None]
 
     # Saving and loading
 

@@ -563,9 +563,11 @@ def test_new_proxy_takes_its_sizes_from_the_lm(tiny_lm):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_beams_find_the_most_probable_responses(gated, ragged_batch, kind):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_beams_find_the_most_probable_responses(gated, ragged_batch, kind, pooled):
     """With enough beams, the best of all responses of three tokens, in order and with their log-probabilities."""
-    model, prompts = gated(kind, max_candidates=4, threshold=0.3), ragged_batch((6, 3))
+    model = gated(kind, max_candidates=4, threshold=0.3, pooled_features=pooled)
+    prompts = ragged_batch((6, 3))
     beams = 16
     output = model.generate(
         **prompts,
@@ -596,10 +598,11 @@ def test_beams_find_the_most_probable_responses(gated, ragged_batch, kind):
         torch.testing.assert_close(output.sequences_scores.view(2, 4)[row], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
-def test_assisted_generation_draws_from_the_closed_form(tiny_lm, gated, ragged_batch, pooled_chisquare, how):
+@pytest.mark.parametrize(("how", "pooled"), [("assistant", False), ("assistant", True), ("prompt lookup", False)])
+def test_assisted_generation_draws_from_the_closed_form(tiny_lm, gated, ragged_batch, pooled_chisquare, how, pooled):
     """Frequencies of responses of two tokens, whoever drafts them."""
-    model, ids = gated(max_candidates=3, p_t=0.2), ragged_batch((5,))["input_ids"]
+    model = gated(max_candidates=3, p_t=0.2, pooled_features=pooled)
+    ids = ragged_batch((5,))["input_ids"]
     ids = torch.cat([ids, ids, ids], 1)  # something to look up
     helper = {"assistant_model": tiny_lm("llama", seed=7)} if how == "assistant" else {"prompt_lookup_num_tokens": 2}
     model.generation_config.min_p = 0.9  # of the LM's own sampling, and does not apply
@@ -668,9 +671,8 @@ def test_beams_and_assistants_are_refused_by_name(gated, ragged_batch):
         gated(proposal="sampled").generate(ids, num_beams=3)
     with pytest.raises(ValueError, match="pass `gate_sample=True`"):
         model.generate(ids, prompt_lookup_num_tokens=3)
-    for model in (gated(pooled_features=True), gated(features="candidate")):
-        with pytest.raises(ValueError, match="need a proxy with features='prefix' and pooled_features=False"):
-            model.generate(ids, num_beams=2)
+    with pytest.raises(ValueError, match="need a proxy with features='prefix': leave them out"):
+        gated(features="candidate").generate(ids, num_beams=2)
 
 
 @pytest.mark.parametrize("features", FEATURES)
