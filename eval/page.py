@@ -52,7 +52,7 @@ CAPTIONS = {
     "cost_against_gain": "Gain over SFT against what it costs when answering and in training; up and left is better.",
     "reward_against_logprob": "Reward against how likely the responses are under the LM; best-of-n is joined by n.",
     "reward_against_threshold": "Reward of a proxy when its threshold is moved at inference, without training.",
-    "training_curve": "Reward while training.",
+    "training_curve": "Reward while training; of several methods, by each reward function that all of them log.",
     "over_optimisation": "Training reward and a reward that is not trained on, while training.",
 }
 SWEEP_CAPTIONS = {

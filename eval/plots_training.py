@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,14 +49,30 @@ def training_log(folder: str | os.PathLike) -> TrainingLog:
 
 
 def training_points(log: TrainingLog, key: str) -> np.ndarray:
-    """(episodes, seconds of training, value) of every log entry that has `key`, shape (entries, 3); NaN for seconds
-    that were not logged."""
+    """(episodes, seconds of training, value) of every log entry that has a number for `key`, shape (entries, 3); NaN
+    for seconds that were not logged."""
     points = [
         (entry["step"] * log.episodes_per_step, entry.get("train_seconds", np.nan), entry[key])
         for entry in read_json(log.trainer_state)["log_history"]
-        if key in entry
+        if not np.isnan(entry.get(key, np.nan))  # a reward function that judged no prompt of these has no mean
     ]
     return np.array(points).reshape(-1, 3)
+
+
+def _reward_keys(log: TrainingLog) -> set[str]:
+    """Names under which a log has the mean of each reward function."""
+    entries = read_json(log.trainer_state)["log_history"]
+    return {name for entry in entries for name in entry if re.fullmatch(r"rewards/.+/mean", name)}
+
+
+def comparable_keys(runs: dict[str, list[TrainingLog]]) -> dict[str, str]:
+    """Keys of the logs by which these runs can be compared, with what they are: of several methods the mean of each
+    reward function that all of them log, since they may weigh them, or draw prompts of each kind, differently; else
+    the reward."""
+    shared = sorted(set.intersection(*(_reward_keys(log) for seeds in runs.values() for log in seeds)))
+    if len(runs) == 1 or len(shared) < 2:
+        return {"reward": "mean reward of the rollouts"}
+    return {key: f"mean {key.removeprefix('rewards/').removesuffix('/mean')}" for key in shared}
 
 
 def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
@@ -81,8 +98,10 @@ def _logged(run: TrainingLog, key: str) -> np.ndarray:
     """[`training_points`] of `key`; `ValueError` where the log has none."""
     points = training_points(run, key)
     if len(points) == 0:
+        rewards = sorted(_reward_keys(run))
         raise ValueError(
-            f"{run.trainer_state} logs no {key!r}: train with it, and logging_steps below the number of steps."
+            f"{run.trainer_state} logs no {key!r}{f' but {rewards}' if rewards else ''}: train with it, and "
+            "logging_steps below the number of steps."
         )
     return points
 
@@ -99,14 +118,13 @@ def plot_training_curve(
 
     Args:
         runs: name of the method -> its runs, one per seed.
-        keys: what is drawn, a row of panels each: the log's key -> the label. By default the reward; of methods that
-            draw other mixtures of prompts, the single functions' (`rewards/<name>/mean`) can be compared better.
+        keys: what is drawn, a row of panels each: the log's key -> the label; by default [`comparable_keys`].
         smooth: share of a run's log entries in the running mean.
 
     Raises:
         ValueError: if a log lacks one of the keys.
     """
-    keys = keys or {"reward": "mean reward of the rollouts"}
+    keys = keys or comparable_keys(runs)
     points = {
         (name, key): [(_logged(run, key), training_points(run, f"eval_{key}")) for run in seeds]
         for name, seeds in runs.items()

@@ -53,6 +53,22 @@ def test_training_curve_of_several_rewards(tmp_path, figures):
     assert [line.get_xydata().tolist() for line in below.lines] == [[[1.0, 2.0], [2.0, 4.0]], [[2.0, 9.0]]]
 
 
+def test_methods_are_compared_by_the_rewards_they_share(tmp_path, figures):
+    """What each weighs, and draws, differently has no axis in common; a batch without such prompts has no mean."""
+    logs = {}
+    for name, extra in (("x", "c"), ("y", "d")):
+        path = tmp_path / f"{name}.json"
+        entry = {"reward": 1.0, "rewards/b/mean": 2.0, "rewards/a/mean": 3.0, f"rewards/{extra}/mean": 4.0}
+        history = [{"step": 1, **entry}, {"step": 2, **entry, "rewards/a/mean": float("nan")}]
+        path.write_text(json.dumps({"log_history": history}))
+        logs[name] = [plots_training.TrainingLog(path, 1.0)]
+    plots_training.plot_training_curve(logs, "curve")
+    above, below = figures[0].axes
+    assert [axis.get_ylabel() for axis in (above, below)] == ["mean a", "mean b"]
+    assert [line.get_xydata().tolist() for line in above.lines] == [[[1.0, 3.0]]] * 2
+    assert plots_training.comparable_keys({"x": logs["x"]}) == {"reward": "mean reward of the rollouts"}
+
+
 @pytest.mark.fault
 def test_training_curve_without_rewards(tmp_path, figures):
     path = tmp_path / "trainer_state.json"
@@ -84,6 +100,14 @@ def test_over_optimisation(tmp_path, figures):
     band = below.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(2.0 + 1.96 * np.std([1, 3], ddof=1) / np.sqrt(2))
     assert (above.get_ylabel(), below.get_ylabel()) == ("training reward", "gold reward: gold")
+
+
+@pytest.mark.fault
+def test_over_optimisation_names_the_rewards_there_are(tmp_path, figures):
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": [{"step": 1, "reward": 1.0, "rewards/preference_gold/mean": 0.5}]}))
+    with pytest.raises(ValueError, match=r"logs no 'rewards/gold/mean' but \['rewards/preference_gold/mean'\]: train"):
+        plots_training.plot_over_optimisation({"a": plots_training.TrainingLog(state, 1.0)}, "gold", "over")
 
 
 @pytest.mark.fault
