@@ -60,9 +60,9 @@ def training_points(log: TrainingLog, key: str) -> np.ndarray:
 
 
 def _reward_keys(log: TrainingLog) -> set[str]:
-    """Names under which a log has the mean of each reward function."""
-    entries = read_json(log.trainer_state)["log_history"]
-    return {name for entry in entries for name in entry if re.fullmatch(r"rewards/.+/mean", name)}
+    """Names under which a log has the mean of each reward function, of rollouts or of evaluations."""
+    names = {name.removeprefix("eval_") for entry in read_json(log.trainer_state)["log_history"] for name in entry}
+    return {name for name in names if re.fullmatch(r"rewards/.+/mean", name)}
 
 
 def comparable_keys(runs: dict[str, list[TrainingLog]]) -> dict[str, str]:
@@ -94,10 +94,10 @@ def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
     return np.stack([points[n - 1 :, 0], windows.mean(axis=1), half], axis=1)
 
 
-def _logged(run: TrainingLog, key: str) -> np.ndarray:
-    """[`training_points`] of `key`; `ValueError` where the log has none."""
+def _logged(run: TrainingLog, key: str, *others: str) -> np.ndarray:
+    """[`training_points`] of `key`; `ValueError` where the log has none, nor any of the others."""
     points = training_points(run, key)
-    if len(points) == 0:
+    if len(points) == 0 and not any(len(training_points(run, other)) for other in others):
         rewards = sorted(_reward_keys(run))
         raise ValueError(
             f"{run.trainer_state} logs no {key!r}{f' but {rewards}' if rewards else ''}: train with it, and "
@@ -114,7 +114,7 @@ def plot_training_curve(
     smooth: float = 0.1,
 ) -> Path:
     """Reward of the rollouts against training episodes, and against seconds where they were logged: a running mean per
-    seed, and evaluations on held-out prompts as markers.
+    seed, and evaluations on held-out prompts as markers, where there are any of either.
 
     Args:
         runs: name of the method -> its runs, one per seed.
@@ -122,15 +122,15 @@ def plot_training_curve(
         smooth: share of a run's log entries in the running mean.
 
     Raises:
-        ValueError: if a log lacks one of the keys.
+        ValueError: if a log has neither for one of the keys.
     """
     keys = keys or comparable_keys(runs)
     points = {
-        (name, key): [(_logged(run, key), training_points(run, f"eval_{key}")) for run in seeds]
+        (name, key): [(_logged(run, key, f"eval_{key}"), training_points(run, f"eval_{key}")) for run in seeds]
         for name, seeds in runs.items()
         for key in keys
     }
-    timed = not any(np.isnan(train[:, 1]).any() for seeds in points.values() for train, _ in seeds)
+    timed = not any(np.isnan(x[:, 1]).any() for seeds in points.values() for both in seeds for x in both)
     titles = ["training episodes, log scale", "seconds of training"][: 1 + timed]
     with plt.rc_context(drawing.RC):
         size = (4.5 * len(titles) + 1, 1 + 3 * len(keys))
@@ -157,9 +157,10 @@ def _draw_runs(axis, seeds: list[tuple[np.ndarray, np.ndarray]], column: int, i:
     """The i-th method's running means and evaluations against the points' `column`."""
     look = {"color": drawing.COLORS[(i + 1) % 7]}
     for k, (train, evaluations) in enumerate(seeds):
-        mean = running_mean(train[:, [column, 2]], max(1, round(smooth * len(train))))
-        label = name if k == 0 else None
-        axis.plot(*mean[:, :2].T, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.6, label=label, **look)
+        if len(train):  # DPO, say, has no rollouts
+            mean = running_mean(train[:, [column, 2]], max(1, round(smooth * len(train))))
+            label = name if k == 0 else None
+            axis.plot(*mean[:, :2].T, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.6, label=label, **look)
         if len(evaluations):
             label = f"{name}, held-out prompts" if k == 0 else None
             look_at = {"markersize": 7, "markeredgecolor": "white", **look}

@@ -69,6 +69,16 @@ def test_methods_are_compared_by_the_rewards_they_share(tmp_path, figures):
     assert plots_training.comparable_keys({"x": logs["x"]}) == {"reward": "mean reward of the rollouts"}
 
 
+def test_training_curve_of_evaluations_alone(tmp_path, figures):
+    """DPO sees no reward while it trains, but may be evaluated."""
+    path = tmp_path / "trainer_state.json"
+    history = [{"step": 1, "loss": 0.5}, {"step": 2, "eval_reward": 3.0, "train_seconds": 7.0}]
+    path.write_text(json.dumps({"log_history": history}))
+    plots_training.plot_training_curve({"a": [plots_training.TrainingLog(path, 4.0)]}, "curve")
+    lines = [[line.get_xydata().tolist() for line in axis.lines] for axis in figures[0].axes]
+    assert lines == [[[[8.0, 3.0]]], [[[7.0, 3.0]]]]
+
+
 @pytest.mark.fault
 def test_training_curve_without_rewards(tmp_path, figures):
     path = tmp_path / "trainer_state.json"
