@@ -163,8 +163,9 @@ def _draw_runs(axis, seeds: list[tuple[np.ndarray, np.ndarray]], column: int, i:
             axis.plot(*mean[:, :2].T, linestyle=drawing.LINE_STYLES[i % 4], linewidth=1.6, label=label, **look)
         if len(evaluations):
             label = f"{name}, held-out prompts" if k == 0 else None
-            look_at = {"markersize": 7, "markeredgecolor": "white", **look}
-            axis.plot(*evaluations[:, [column, 2]].T, drawing.MARKERS[i % 7], label=label, **look_at)
+            look_at = {"markersize": 7, "markeredgecolor": "white", "marker": drawing.MARKERS[i % 7], **look}
+            line = "none" if len(train) else drawing.LINE_STYLES[i % 4]  # what joins the markers, alone
+            axis.plot(*evaluations[:, [column, 2]].T, linestyle=line, label=label, **look_at)
 
 
 def plot_over_optimisation(
