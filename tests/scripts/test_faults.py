@@ -44,11 +44,26 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-# A reward that leaves a mark at every call
+# A reward that leaves a mark at every call; the call whose number stands in `at_most` waits until that file is gone:
+# however slow a test is, what it is about to kill has not ended.
 MARKING = """
+import os
+import time
+
+
+def enough():
+    try:
+        with open("at_most") as file:
+            return os.path.getsize("calls") >= int(file.read())
+    except OSError:
+        return False
+
+
 def upper(prompts, completions, **kwargs):
     with open("calls", "a") as file:
         file.write(".")
+    while enough():
+        time.sleep(0.01)
     return [float(sum(c.isupper() for c in x)) for x in completions]
 """
 
@@ -68,19 +83,20 @@ def test_a_training_that_is_killed_at_any_moment(fork_server, tiny_run, tmp_path
         return fork_server([ROOT / "scripts" / "train_proxy.py", *arguments], tmp_path, log)
 
     assert start("whole").wait() == 0, log.read_text()
-    moments, kills = random.Random(0), 0
+    assert calls.stat().st_size > 4 * 5  # of four starts each makes five calls at most
+    moments, limit = random.Random(0), tmp_path / "at_most"
     for _ in range(4):
         calls.unlink()
+        limit.write_text("5")
         script = start("killed")
         wait_for_calls(calls, moments.randint(1, 2), script)
         time.sleep(moments.uniform(0, 0.2))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(script.pid, signal.SIGKILL)
-        kills += script.wait() == -signal.SIGKILL
+        os.kill(script.pid, signal.SIGKILL)
+        limit.unlink()
+        assert script.wait() == -signal.SIGKILL
         for checkpoint in checkpoints(tmp_path / "killed"):
             assert (checkpoint / "checksums.json").is_file()
             assert not damaged_files(checkpoint)
-    assert kills == 4
     assert not (tmp_path / "killed" / "train_results.json").exists()
     assert start("killed").wait() == 0, log.read_text()
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
@@ -114,13 +130,16 @@ def test_a_comparison_that_is_interrupted_at_any_moment(fork_server, tiny_run, w
     argv = [ROOT / "scripts" / "compare.py", *flags.split(), "--max_new_tokens", "6", "--output_dir"]
 
     assert fork_server([*argv, "whole"], tmp_path, log).wait() == 0, log.read_text()
-    moments = random.Random(1)
+    assert calls.stat().st_size >= 3 + 2  # of four starts the first three finish a call each
+    moments, limit = random.Random(1), tmp_path / "at_most"
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         calls.unlink()
+        limit.write_text("2")
         script = fork_server([*argv, "out"], tmp_path, log)
         wait_for_calls(calls, 1, script)
         time.sleep(moments.uniform(0, 0.1))
         os.kill(script.pid, number)
+        limit.unlink()
         assert script.wait() == (-number if number == signal.SIGKILL else 130)
         if (tmp_path / "out" / "records").is_dir():
             for record in (tmp_path / "out" / "records").glob("*.json"):
@@ -136,7 +155,7 @@ def test_a_comparison_that_is_interrupted_at_any_moment(fork_server, tiny_run, w
 
 
 def test_a_sweep_that_is_interrupted_at_any_moment(fork_server, tiny_run, tmp_path):
-    """Told to end, as its trainings are then; killed alone, while they go on; and everything killed at once."""
+    """Told to end, as its trainings are then; everything killed at once; and killed alone, while they go on."""
     (tmp_path / "my_rewards.py").write_text(MARKING)
     calls, log = tmp_path / "calls", tmp_path / "log.txt"
     words = iter(tiny_run(max_steps=24, gate_hidden_sizes=8))
@@ -157,9 +176,11 @@ def test_a_sweep_that_is_interrupted_at_any_moment(fork_server, tiny_run, tmp_pa
 
     # One cell is enough to compare with.
     assert start("one.yaml").wait() == 0, log.read_text()
-    moments = random.Random(0)
-    for how in ("told", "alone", "all"):
+    assert calls.stat().st_size > 6  # of three starts each makes four calls at most, for two cells
+    moments, limit = random.Random(0), tmp_path / "at_most"
+    for how in ("told", "all", "alone"):
         calls.unlink()
+        limit.write_text("4")
         script = start()
         wait_for_calls(calls, moments.randint(1, 3), script)
         time.sleep(moments.uniform(0, 0.1))
@@ -167,6 +188,7 @@ def test_a_sweep_that_is_interrupted_at_any_moment(fork_server, tiny_run, tmp_pa
             kill_all(tmp_path)
         else:
             os.kill(script.pid, signal.SIGKILL if how == "alone" else signal.SIGTERM)
+        limit.unlink()
         assert script.wait() == (130 if how == "told" else -signal.SIGKILL)
         assert not (tmp_path / "out" / "sweep.md").exists()
     assert log.read_text().count("sweep: interrupted; the same command goes on.") == 1
