@@ -21,7 +21,7 @@ from eval.page import (
 )
 from eval.report import tables
 
-HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=alert(1)> {{7*7}} {% raw %} & \"'`\u2028]]> <!--"
+HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=alert(1)> {{7777777*7}} {% raw %} & \"'`\u2028]]> <!--"
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_what_people_and_models_wrote_is_text(records):
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert {tag for tag, _ in page.tags} - {tag for tag, _ in harmless.tags} <= {"details", "summary"}
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert "49" not in re.sub(r"\d{3,}|[0-9a-f]{8,}|sha256-\S+", "", " ".join(page.text))  # {{7*7}}
+    assert str(7777777 * 7) not in " ".join(page.text)
     data = json.loads(page.raw["script", "data"])
     assert data["prompts"][0] == HOSTILE
     assert "".join(data["columns"][0]["responses"][2]) == HOSTILE
