@@ -94,13 +94,13 @@ def running_mean(points: np.ndarray, smooth: int) -> np.ndarray:
     return np.stack([points[n - 1 :, 0], windows.mean(axis=1), half], axis=1)
 
 
-def _logged(run: TrainingLog, key: str, *others: str) -> np.ndarray:
-    """[`training_points`] of `key`; `ValueError` where the log has none, nor any of the others."""
-    points = training_points(run, key)
-    if len(points) == 0 and not any(len(training_points(run, other)) for other in others):
+def _logged(run: TrainingLog, *keys: str) -> list[np.ndarray]:
+    """[`training_points`] of each key; `ValueError`, naming the first, where the log has none of any."""
+    points = [training_points(run, key) for key in keys]
+    if not any(map(len, points)):
         rewards = sorted(_reward_keys(run))
         raise ValueError(
-            f"{run.trainer_state} logs no {key!r}{f' but {rewards}' if rewards else ''}: train with it, and "
+            f"{run.trainer_state} logs no {keys[0]!r}{f' but {rewards}' if rewards else ''}: train with it, and "
             "logging_steps below the number of steps."
         )
     return points
@@ -126,7 +126,7 @@ def plot_training_curve(
     """
     keys = keys or comparable_keys(runs)
     points = {
-        (name, key): [(_logged(run, key, f"eval_{key}"), training_points(run, f"eval_{key}")) for run in seeds]
+        (name, key): [_logged(run, key, f"eval_{key}") for run in seeds]
         for name, seeds in runs.items()
         for key in keys
     }
@@ -153,7 +153,7 @@ def plot_training_curve(
         return drawing.save(figure, path)
 
 
-def _draw_runs(axis, seeds: list[tuple[np.ndarray, np.ndarray]], column: int, i: int, name: str, smooth: float):
+def _draw_runs(axis, seeds: list[list[np.ndarray]], column: int, i: int, name: str, smooth: float):
     """The i-th method's running means and evaluations against the points' `column`."""
     look = {"color": drawing.COLORS[(i + 1) % 7]}
     for k, (train, evaluations) in enumerate(seeds):
@@ -190,7 +190,7 @@ def plot_over_optimisation(
         for i, (name, run) in enumerate(runs.items()):
             color, line = drawing.COLORS[(i + 1) % 7], drawing.LINE_STYLES[i % 4]
             for axis, key in zip(axes, titles, strict=True):
-                episodes, mean, half = running_mean(_logged(run, key)[:, [0, 2]], smooth).T
+                episodes, mean, half = running_mean(_logged(run, key)[0][:, [0, 2]], smooth).T
                 axis.plot(episodes, mean, color=color, linestyle=line, linewidth=1.8, label=name)
                 axis.fill_between(episodes, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
             for axis in axes:  # the gold reward came last
@@ -280,7 +280,7 @@ def plot_sweep_curves(cells: list[Cell], key: str, path: str | os.PathLike, *, s
     """
     runs: dict[float, list[np.ndarray]] = {}
     for cell in cells:
-        curve = running_mean(_logged(cell.log, "reward")[:, [0, 2]], smooth)
+        curve = running_mean(_logged(cell.log, "reward")[0][:, [0, 2]], smooth)
         runs.setdefault(cell.value, []).append(curve.T)
     shape = -(-len(runs) // 2), min(2, len(runs))
     with plt.rc_context(drawing.RC):
