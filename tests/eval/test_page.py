@@ -21,7 +21,7 @@ from eval.page import (
 )
 from eval.report import tables
 
-HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=alert(1)> {{7777777*7}} {% raw %} & \"'`\u2028]]> <!--"
+HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=alert(1)> {{7**9}}{% raw %} & \"'`\u2028]]> <!--"
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_what_people_and_models_wrote_is_text(records):
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert {tag for tag, _ in page.tags} - {tag for tag, _ in harmless.tags} <= {"details", "summary"}
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert str(7777777 * 7) not in " ".join(page.text)
+    assert str(7**9) not in " ".join(page.text)
     data = json.loads(page.raw["script", "data"])
     assert data["prompts"][0] == HOSTILE
     assert "".join(data["columns"][0]["responses"][2]) == HOSTILE
