@@ -23,7 +23,8 @@ FILLED_IN = ("hidden_size", "embedding_size", "base_model_name_or_path", "base_m
 class ProxyConfig:
     """What the LM proposes, what the gate reads and how large the gate is.
 
-    The defaults are ours where the paper gives no value: they are the ones that measured best, see docs/method.md.
+    The defaults are ours where the paper gives no value: they are the ones that measured best. `pooled_features`, with
+    which a gate learns better still, is off since continuous batching cannot follow it: see docs/method.md.
     """
 
     p_t: float = field(
@@ -217,7 +218,8 @@ class PPOConfig(RewardTimeout, RLOOConfig):
 
 @dataclass
 class ProxyPPOConfig(PPOConfig):
-    """PPO on the gate alone. The defaults are those of the recipe that learnt best on one CPU."""
+    """PPO on the gate alone. The defaults are plain PPO for any reward, with the rate that learnt best. What learns
+    better at a price, or with some rewards only, is off here and on in the recipes: see docs/method.md."""
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW on the gate."})
     gradient_checkpointing: bool = field(
