@@ -164,7 +164,8 @@ def _draw_runs(axis, seeds: list[list[np.ndarray]], column: int, i: int, name: s
         if len(evaluations):
             label = f"{name}, held-out prompts" if k == 0 else None
             look_at = {"markersize": 7, "markeredgecolor": "white", "marker": drawing.MARKERS[i % 7], **look}
-            line = "none" if len(train) else drawing.LINE_STYLES[i % 4]  # what joins the markers, alone
+            # Beside the rollouts' line markers stand alone; where there is none they are joined.
+            line = "none" if len(train) else drawing.LINE_STYLES[i % 4]
             axis.plot(*evaluations[:, [column, 2]].T, linestyle=line, label=label, **look_at)
 
 
