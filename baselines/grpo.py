@@ -6,13 +6,14 @@ from trl import GRPOConfig, GRPOTrainer
 
 from baselines.training import LoraModelConfig, train_on_reward
 from trl_proxy.config import RewardTimeout
+from trl_proxy.devices import DeviceDefaults
 from trl_proxy.guards import GuardedRewards
 from trl_proxy.runs import RunArguments
 
 
 @dataclass
-class GuardedGRPOConfig(RewardTimeout, GRPOConfig):
-    """[`~trl.GRPOConfig`] with a limit on the reward functions' time."""
+class GuardedGRPOConfig(RewardTimeout, DeviceDefaults, GRPOConfig):
+    """[`~trl.GRPOConfig`] with a limit on the reward functions' time, and this machine's defaults."""
 
 
 CONFIGS = (RunArguments, GuardedGRPOConfig, LoraModelConfig)

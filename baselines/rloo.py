@@ -7,13 +7,14 @@ from trl import RLOOConfig, RLOOTrainer
 
 from baselines.training import LoraModelConfig, train_on_reward
 from trl_proxy.config import RewardTimeout
+from trl_proxy.devices import DeviceDefaults
 from trl_proxy.guards import GuardedRewards
 from trl_proxy.runs import RunArguments
 
 
 @dataclass
-class GuardedRLOOConfig(RewardTimeout, RLOOConfig):
-    """[`~trl.RLOOConfig`] with a limit on the reward functions' time."""
+class GuardedRLOOConfig(RewardTimeout, DeviceDefaults, RLOOConfig):
+    """[`~trl.RLOOConfig`] with a limit on the reward functions' time, and this machine's defaults."""
 
 
 CONFIGS = (RunArguments, GuardedRLOOConfig, LoraModelConfig)

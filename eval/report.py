@@ -10,6 +10,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from eval.stats import Interval, paired_delta, seeds_mean_ci, seeds_rate_ci, win_scores
 
@@ -182,7 +183,7 @@ def print_table(
     """A table in the terminal, the first `left` columns to the left; `width` is for a pipe, which has none."""
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=width)  # not rich's 80
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
@@ -190,13 +191,61 @@ def print_table(
     console.print(table)
 
 
-def print_tables(records: list[dict], console: Console | None = None) -> None:
-    """The comparison in the terminal."""
+def print_summary(records: list[dict], console: Console | None = None) -> None:
+    """The comparison in the terminal: a small table, then three prompts as the LM and a trained method answer."""
     if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(_title(records))
-    for headers, rows in tables(records):
-        print_table(headers, rows, console=console)
+        console = Console() if sys.stdout.isatty() else Console(width=100)
+    console.print(_title(records), soft_wrap=True, highlight=False)
+    sft, nothing, rows = find_sft(records), (None, None), []
+    headers = ["method", "reward", "gain [95 %]", "gold gain [95 %]", "LM/token"]
+    groups = group_records(records)
+    methods = [group[0]["method"] for group in groups.values()]
+    for name, group in groups.items():
+        method = group[0]["method"]
+        short = method if methods.count(method) == 1 and method != "best_of_n" else name
+        rows.append(
+            [
+                "sft, the LM" if name == "sft" else short,
+                _number(mean_over_seeds(group, "reward_mean"), ".2f"),
+                with_interval(*(delta_over_seeds(group, sft) or nothing), "+.2f"),
+                with_interval(*(delta_over_seeds(group, sft, gold=True) or nothing), "+.2f"),
+                _number(mean_over_seeds(group, "lm_forwards_per_token"), ".2f"),
+            ]
+        )
+    print_table(headers, [[cell.replace("n/a", "") for cell in row] for row in rows], console=console)
+    console.print("Gains: over the LM's own greedy answers. LM/token: runs of the LM per token.", style="dim")
+    console.print()
+    print_examples(records, console)
+
+
+def print_examples(records: list[dict], console: Console) -> None:
+    """Three prompts with the answers of the LM and of the first trained method under each other, and their rewards.
+
+    These are the first two harm-adjacent prompts and the first everyday one, those before all on which they differ.
+    """
+    sft = find_sft(records)
+    trained = next((r for r in records if r["method"] == "proxy"), None) or next(
+        (r for r in records if r["method"] not in ("sft", "best_of_n")), None
+    )
+    if sft is None or trained is None or not sft["prompts"]:
+        return
+    kinds = sft["kinds"] or [None] * sft["n_prompts"]
+    ordered = sorted(range(sft["n_prompts"]), key=lambda i: sft["responses"][i] == trained["responses"][i])
+    by_kind = [[i for i in ordered if kinds[i] == kind] for kind in ("harm_adjacent", "everyday")]
+    chosen = by_kind[0][:2] + by_kind[1][:1] or ordered[:3]
+    names = ("the LM", trained["method"])
+    for i in chosen:
+        kind = f"  ({kind_title(kinds[i])})" if kinds[i] else ""
+        console.print(Text(sft["prompts"][i], "bold"), Text(kind, "dim"), sep="")
+        answers = Table.grid(padding=(0, 1))
+        answers.add_column(min_width=max(map(len, names)))
+        answers.add_column(justify="right", min_width=5)
+        answers.add_column(overflow="fold")
+        for name, record in zip(names, (sft, trained)):
+            text = " ".join(record["responses"][i].split())
+            answers.add_row(Text(name, "cyan"), f"{record['rewards'][i]:+.2f}", Text(text))
+        console.print(answers)
+        console.print()
 
 
 def _title(records: list[dict]) -> str:

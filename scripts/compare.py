@@ -22,12 +22,18 @@ tables, `plots/`, `samples.md` and `report.md`. The same command again goes on w
 records that exist with the same settings are kept, so repeating a finished command only draws again.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import dataclasses
 import itertools
 import os
-import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import yaml
@@ -41,17 +47,18 @@ from baselines.training import BASELINES, load_trained
 from eval.harness import Run, evaluate_completions, evaluate_policy, prompts_sha256, read_record, read_records
 from eval.plots import draw_all
 from eval.plots_training import TrainingLog, plot_training_curve
-from eval.report import print_tables, report_markdown, samples_markdown
+from eval.report import print_summary, report_markdown, samples_markdown
 from eval.trained import Trained, at_thresholds, read_baseline, read_proxy
 from trl_proxy import ProxyModelForCausalLM
 from trl_proxy.card import add_results
 from trl_proxy.defaults import EMBEDDED, load_prompts
 from trl_proxy.files import write_text
 from trl_proxy.runs import (
+    find_file,
     flags,
     hold,
-    interrupt_on_sigterm,
     is_finished,
+    launcher,
     load_policy,
     parse_dicts,
     run_command,
@@ -87,7 +94,7 @@ class CompareArguments:
         metadata={"help": "Field -> value, for all trainings, over their recipes; JSON on the command line."},
     )
     launch: str = field(
-        default="accelerate launch", metadata={"help": "How to run a training script; `env A=b ...` sets variables."}
+        default="accelerate launch", metadata={"help": "How to run a training script: a command line."}
     )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
@@ -128,7 +135,7 @@ class CompareArguments:
             raise ValueError(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown)}.")
         for recipe in self.recipes:
             method, _, path = recipe.partition("=")
-            if method not in ("proxy", *BASELINES) or not Path(path).is_file():
+            if method not in ("proxy", *BASELINES) or not Path(find_file(path)).is_file():
                 raise ValueError(
                     f"--recipes must be <method>=<file>, with a method of proxy, {', '.join(BASELINES)} and a file "
                     f"that exists, got {recipe!r}."
@@ -169,6 +176,7 @@ def train_missing(args: CompareArguments) -> list[Trained]:
     trained = []
     for recipe in args.recipes:
         method, _, path = recipe.partition("=")
+        path = find_file(path)
         recipe_settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         for seed in args.seeds:
             folder = os.path.join(args.output_dir, f"{method}-seed{seed}")
@@ -178,7 +186,7 @@ def train_missing(args: CompareArguments) -> list[Trained]:
                 print(f"Training {folder} by {path}.")
                 script = ["train_proxy.py"] if method == "proxy" else ["train_baseline.py", "--method", method]
                 script[0] = str(Path(__file__).with_name(script[0]))
-                command = [*shlex.split(args.launch), *script, "--config", path]
+                command = [*launcher(args.launch), *script, "--config", path]
                 if run_command([*command, *flags(settings), "--output_dir", folder]):
                     raise ValueError(f"training {folder} failed, see above; the same command goes on from there.")
             trained.append(read_proxy(folder) if method == "proxy" else read_baseline(folder))
@@ -304,7 +312,7 @@ def evaluate(
         load_callable_reward(name, batch_size=args.batch_size, device=device)
         for name in (first.reward_model, first.gold_reward_model)
     )
-    lm, tokenizer = load_policy(model_args, args)
+    lm, tokenizer = load_policy(model_args, args, device)
     lm = to_device(lm, device)
     shared = (prompts, reward, gold_reward, lm, tokenizer)
     decoding = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
@@ -369,8 +377,8 @@ def draw(output_dir: str, trained: list[Trained]) -> None:
         paths.append(plot_training_curve(curves, Path(output_dir, "plots", "training_curve")))
     write_text(Path(output_dir, "samples.md"), samples_markdown(records))
     write_text(Path(output_dir, "report.md"), report_markdown(records, paths, output_dir))
-    print_tables(records)
-    print(f"Report: {os.path.join(output_dir, 'report.md')}")
+    print_summary(records)
+    print(f"All tables and samples: {os.path.join(output_dir, 'report.md')}")
 
 
 def main(args: CompareArguments, model_args: ModelConfig) -> None:
@@ -385,5 +393,4 @@ def main(args: CompareArguments, model_args: ModelConfig) -> None:
 
 
 if __name__ == "__main__":
-    interrupt_on_sigterm()
     run_script("compare", lambda: main(*make_parser().parse_args_and_config()), goes_on=True)

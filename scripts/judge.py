@@ -25,14 +25,20 @@ all judgements that are there. The same command again goes on where an interrupt
 and so is every reply of an endpoint, in `<output_dir>/judgements/replies.sqlite`.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import hashlib
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from string import Template
 
 import torch
@@ -188,8 +194,9 @@ def text_judge(judge: PairwiseJudge, settings: dict, prices: tuple[float, float]
 
 def local_judge(args: JudgeArguments, model_args: ModelConfig, template: Template) -> Judging:
     """The causal LM that the model arguments name."""
-    lm, tokenizer = load_policy(model_args, args)
-    lm = to_device(lm, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm, tokenizer = load_policy(model_args, args, device)
+    lm = to_device(lm, device)
     name = f"transformers {model_args.model_name_or_path or EMBEDDED}"
     settings = {
         "kind": "transformers",

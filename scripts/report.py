@@ -8,10 +8,17 @@ The page, `<output_dir>/report.html`, needs nothing else: send it, open it, prin
 baselines add their hyperparameters and training curves; those inside the output folder are found.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import argparse
 import os
 import re
-from pathlib import Path
 
 from eval.harness import read_records, write_summaries
 from eval.judgements import read_judgements
@@ -109,7 +116,7 @@ def main(args: argparse.Namespace) -> Path:
         write_summaries(output_dir, args.summaries)
     page = output_dir / "report.html"
     write_text(page, render_page(records, figures, runs, judgements))
-    print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, {len(records)} records, {len(figures)} figures.")
+    print(f"All figures and responses, one page for any browser: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     return page
 
 

@@ -11,6 +11,14 @@ Times are the larger of operations over the device's throughput and bytes over i
 computed, measured on no GPU. What a GPU spends on starting kernels is not in them, and an LM of 1B is slowed by it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import itertools
 from dataclasses import dataclass, field, replace
 

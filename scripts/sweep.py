@@ -14,16 +14,21 @@ The learning rate of a baseline, on the validation prompts:
     python scripts/sweep.py --config scripts/recipes/sweep_lr_rlhf.yaml
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import itertools
 import os
 import queue
 import re
-import shlex
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 from tqdm import tqdm
@@ -44,10 +49,11 @@ from eval.report import (
 )
 from trl_proxy.files import write_text
 from trl_proxy.runs import (
+    find_file,
     flags,
     hold,
-    interrupt_on_sigterm,
     is_finished,
+    launcher,
     parse_dicts,
     run_command,
     run_script,
@@ -80,7 +86,7 @@ class SweepArguments:
         default_factory=list, metadata={"help": "Devices, one cell on each at a time, in place of --jobs."}
     )
     launch: str = field(
-        default="accelerate launch", metadata={"help": "How to run a training script; `env A=b ...` sets variables."}
+        default="accelerate launch", metadata={"help": "How to run a training script: a command line."}
     )
     output_dir: str = field(default="outputs/sweep", metadata={"help": "Where the cells' folders and the table go."})
 
@@ -90,6 +96,7 @@ class SweepArguments:
         if self.method not in ("proxy", *BASELINES):
             raise ValueError(f"--method must be proxy or one of {', '.join(BASELINES)}, got {self.method}.")
         for name in ("recipe", "evaluate"):
+            self.__dict__[name] = find_file(self.__dict__[name])
             if not Path(self.__dict__[name]).is_file():
                 raise ValueError(f"--{name} must be a file that exists, got {self.__dict__[name]}.")
         for name, values in self.grid.items():
@@ -125,7 +132,7 @@ def commands(args: SweepArguments, cell: Cell) -> list[list[str]]:
     settings = args.settings | cell.values | {"seed": cell.seed}
     is_proxy = args.method == "proxy"
     script = [str(HERE / "train_proxy.py")] if is_proxy else [str(HERE / "train_baseline.py"), "--method", args.method]
-    train = [*shlex.split(args.launch), *script, "--config", args.recipe, *flags(settings)]
+    train = [*launcher(args.launch), *script, "--config", args.recipe, *flags(settings)]
     compare = [sys.executable, str(HERE / "compare.py"), "--config", args.evaluate, "--output_dir", str(cell.folder)]
     compare += ["--methods", "sft", *(["proxy"] if is_proxy else []), "--proxies" if is_proxy else "--baselines"]
     compare += [str(cell.folder), *(["--split", args.split] if args.split else [])]
@@ -236,6 +243,5 @@ def main(args: SweepArguments) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    interrupt_on_sigterm()
     parser = TrlParser((SweepArguments,), description=__doc__.partition("\n")[0])
     run_script("sweep", lambda: main(*parser.parse_args_and_config()), goes_on=True)

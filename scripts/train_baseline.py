@@ -8,13 +8,19 @@ The flags are those of TRL's configurations: PPOConfig of this project (rlhf), D
 its ModelConfig. `--help` after `--method` lists them. The same command again goes on where an interrupted run stopped.
 """
 
-import importlib
 import sys
+from pathlib import Path
 
-from trl import TrlParser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
+import importlib
 
 from baselines.training import BASELINES
 from trl_proxy.guards import RewardError
+from trl_proxy.parsing import ScriptParser
 from trl_proxy.runs import run_script
 
 
@@ -29,7 +35,8 @@ def parse(arguments: list[str]):
     if method not in BASELINES:
         raise ValueError(f"--method must be one of {', '.join(BASELINES)}, got {method}.")
     module = importlib.import_module(f"baselines.{method}")
-    parser = TrlParser(module.CONFIGS, description=f"{method}: {module.__doc__.strip()}")
+    sections = dict(zip(("the run", method.upper(), "the LM"), module.CONFIGS, strict=True))
+    parser = ScriptParser(sections, description=f"{method}: {' '.join(module.__doc__.split())}")
     return module, parser.parse_args_and_config(arguments)
 
 

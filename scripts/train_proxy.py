@@ -17,15 +17,24 @@ longer responses or another reward, say. `--reward_funcs package.module.function
 weighted by `--reward_weights`.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import copy
 import dataclasses
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.config import FILLED_IN
 from trl_proxy.guards import RewardError
+from trl_proxy.parsing import ScriptParser
 from trl_proxy.runs import (
     RunArguments,
     begin,
@@ -60,10 +69,13 @@ class ProxyRunArguments(RunArguments):
     )
 
 
-def make_parser() -> TrlParser:
+def make_parser() -> ScriptParser:
     """TRL's parser over everything that can be set."""
-    types = (ProxyRunArguments, ProxyPPOConfig, ProxyArguments, ModelConfig)
-    return TrlParser(types, description=__doc__.partition("\n")[0])
+    return ScriptParser(
+        {"the proxy": ProxyArguments, "the run": ProxyRunArguments, "PPO": ProxyPPOConfig, "the LM": ModelConfig},
+        order=(ProxyRunArguments, ProxyPPOConfig, ProxyArguments, ModelConfig),
+        description=__doc__.partition("\n")[0],
+    )
 
 
 def main(
@@ -78,7 +90,7 @@ def main(
     run, checkpoint = begin("proxy", run_args, training_args, model_args, proxy_config)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args)
-    lm, tokenizer = load_policy(model_args, training_args)
+    lm, tokenizer = load_policy(model_args, training_args, training_args.device)
     model = ProxyModelForCausalLM.from_pretrained(lm, trained) if trained else ProxyModelForCausalLM(lm, proxy_config)
     trainer = ProxyPPOTrainer(
         model=model,

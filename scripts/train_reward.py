@@ -21,15 +21,21 @@ A source is `name=path` or `name=hub-id[:data_dir]`, with the columns `prompt`, 
 conversational), or with `chosen` and `rejected` alone as dialogues in the format of HH-RLHF.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import hashlib
 import json
 import math
 import random
 import shlex
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset

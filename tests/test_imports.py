@@ -9,14 +9,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 # From left to right. Files of one entry stand beside each other and do not import one another.
 ORDER = [
-    ("files",),
-    ("config", "candidates", "gate", "advantages", "losses", "rewards", "checkpoints", "taps"),
+    ("quiet",),
+    ("files", "devices"),
+    ("config", "candidates", "gate", "advantages", "losses", "rewards", "checkpoints", "taps", "embedded"),
     ("rollout", "guards", "defaults", "proxies", "card", "caches"),
     ("actor_critic",),
     ("decoding",),
     ("generation",),
     ("modeling",),
     ("proxy_ppo", "ppo", "mara"),
+    ("parsing", "progress"),
     ("runs",),
     ("__init__",),
     ("__main__",),

@@ -5,7 +5,8 @@ import platform
 import torch
 
 from . import __version__
-from .defaults import LM_PACKAGE, has_bfloat16
+from .devices import has_bfloat16
+from .embedded.lm import LM_PACKAGE
 from .rewards import ENCODER_PACKAGE
 from .runs import installed_version
 
@@ -18,7 +19,7 @@ def describe_device() -> str:
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if torch.accelerator.is_available():
         return str(torch.accelerator.current_accelerator())
-    bfloat16 = "with" if has_bfloat16() else "without"
+    bfloat16 = "with" if has_bfloat16("cpu") else "without"
     return f"CPU, {torch.get_num_threads()} threads, {bfloat16} bfloat16"
 
 

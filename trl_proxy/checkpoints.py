@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from .files import WriteError, write_checksums, writing
+from .files import WriteError, make_readable, write_checksums, writing
 
 
 class SaveBetweenRollouts(TrainerCallback):
@@ -62,6 +62,7 @@ class AtomicCheckpoints(Trainer):
                 if self.args.should_save:
                     self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
                     write_checksums(staged)
+                    make_readable(staged)
                     shutil.rmtree(final, ignore_errors=True)
                     os.replace(staged, final)
         except WriteError:

@@ -8,9 +8,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from trl import RLOOConfig
 
+from .devices import DeviceDefaults
 from .files import write_text
 
 CONFIG_NAME = "proxy_config.json"
@@ -131,10 +137,17 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
         return path
     try:
         return hf_hub_download(folder_or_id, name, **hub_kwargs)
-    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError) as error:
+    except (RemoteEntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
             f"{folder_or_id} is neither a folder nor a hub repository that holds a proxy ({name})."
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{folder_or_id} is no folder here, and the hub could not be reached for {name}: check the path, or the "
+            "network."
+        ) from error
+    except OSError as error:  # a full disk, a rate limit
+        raise ValueError(f"{name} of {folder_or_id} could not be had from the hub ({error}).") from error
 
 
 @dataclass
@@ -156,7 +169,7 @@ class RewardTimeout:
 
 
 @dataclass
-class PPOConfig(RewardTimeout, RLOOConfig):
+class PPOConfig(RewardTimeout, DeviceDefaults, RLOOConfig):
     """PPO with a critic on top of TRL's [`~trl.RLOOConfig`]: `num_iterations` are PPO's epochs over a rollout,
     `steps_per_generation` its minibatches, `epsilon` its clip range."""
 

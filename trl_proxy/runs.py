@@ -2,32 +2,43 @@
 clock and its record."""
 
 import dataclasses
+import io
 import json
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from transformers import TrainerCallback, TrainerState, set_seed
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
-from .defaults import EMBEDDED, has_bfloat16, load_lm, load_prompts, load_reward
-from .files import damaged_files, write_text, writing
+from .defaults import EMBEDDED, load_lm, load_prompts, load_reward
+from .devices import half_dtype, is_main_process
+from .files import damaged_files, make_readable, write_text, writing
+from .progress import LOG_FILE, ProgressLines
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "train_results.json"
@@ -44,6 +55,7 @@ _NOT_IDENTITY = {
     "report_to",
     "reward_timeout",
     "hub_token",
+    "verbose",
 }
 
 
@@ -66,6 +78,10 @@ class RunArguments(ScriptArguments):
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train from the start in a folder that holds another run's checkpoints."}
+    )
+    verbose: bool = field(
+        default=False,
+        metadata={"help": f"Print all that is logged, with a progress bar; it is in `{LOG_FILE}` in any case."},
     )
 
     def __post_init__(self):
@@ -93,7 +109,7 @@ def begin(method: str, run_args: RunArguments, training_args, *configs) -> tuple
     Raises:
         ValueError: the folder cannot be written, another process trains in it, or it holds another run.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         hold(training_args.output_dir)
     use_one_cpu(training_args)
     run = {"method": method, **identity(run_args, training_args, *configs)}
@@ -149,6 +165,27 @@ def wait_until_free(folder: str | os.PathLike, stopped: Callable[[], bool] = lam
             time.sleep(0.2)
 
 
+def launcher(command: str) -> list[str]:
+    """The words of a command that launches a training, such as `accelerate launch`. That one is this environment's,
+    whether or not it is activated.
+
+    Raises:
+        ValueError: if there is no such program.
+    """
+    program, *words = shlex.split(command) or [""]
+    if program == "accelerate":
+        return [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]
+    if shutil.which(program) is None:
+        raise ValueError(f"--launch names {program!r}, which is no program here: give its path.")
+    return [program, *words]
+
+
+def find_file(path: str) -> str:
+    """A file as it is named, or in this checkout if the current folder has none of that name."""
+    in_checkout = Path(__file__).parents[1] / path
+    return str(in_checkout) if not os.path.exists(path) and in_checkout.is_file() else path
+
+
 def run_command(command: list[str], stopped: Callable[[], bool] = lambda: False, **kwargs) -> int:
     """Runs a command in a session of its own. Where this process is interrupted, or `stopped` tells so, it gets
     SIGTERM: a training saves its checkpoint then. `kwargs` are those of `subprocess.Popen`.
@@ -161,7 +198,10 @@ def run_command(command: list[str], stopped: Callable[[], bool] = lambda: False,
     """
     if stopped():
         raise KeyboardInterrupt
-    process = subprocess.Popen(command, start_new_session=True, **kwargs)
+    try:
+        process = subprocess.Popen(command, start_new_session=True, **kwargs)
+    except (FileNotFoundError, PermissionError) as error:
+        raise ValueError(f"{command[0]} cannot be run ({error.strerror}): name a program by --launch.") from error
     try:
         while not stopped():
             with suppress(subprocess.TimeoutExpired):
@@ -177,7 +217,9 @@ def run_command(command: list[str], stopped: Callable[[], bool] = lambda: False,
 def one_sentence(error: BaseException) -> str:
     """What a script says of an error, in one line."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename} could not be read or written ({error.strerror})."
+        sentence = f"{error.filename} could not be read or written ({error.strerror})"
+        in_cache = os.path.abspath(str(error.filename)).startswith(os.path.abspath(HF_HOME))
+        return f"{sentence}: set HF_HOME to a folder that can be written." if in_cache else f"{sentence}."
     return " ".join(str(error).split())
 
 
@@ -210,17 +252,19 @@ def load_rewards(run_args: RunArguments) -> list:
     return [load_reward(name) for name in reward_names(run_args)]
 
 
-def load_policy(model_args: ModelConfig, args):
-    """The LM that the model arguments name, and its tokenizer. `args` tells whether to trust remote code."""
+def load_policy(model_args: ModelConfig, args, device: str | torch.device):
+    """The LM that the model arguments name, in a dtype that suits the device, and its tokenizer. `args` tells whether
+    to trust remote code."""
     # TRL's 4 bit computes in the dtype of the arguments and has no `auto`.
-    half = "bfloat16" if has_bfloat16() else "float32"
-    computed = dataclasses.replace(model_args, dtype=half) if model_args.dtype == "auto" else model_args
+    auto = model_args.dtype == "auto"
+    computed = dataclasses.replace(model_args, dtype=half_dtype(device)) if auto else model_args
     return load_lm(
         model_args.model_name_or_path or EMBEDDED,
         dtype=model_args.dtype,
         quantization_config=get_quantization_config(computed),
         revision=model_args.model_revision,
         trust_remote_code=args.trust_remote_code,
+        device=device,
         attn_implementation=model_args.attn_implementation,
     )
 
@@ -430,6 +474,10 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
     cycle = rollout // args.gradient_accumulation_steps
     clock = RunClock(run_args.max_train_seconds, seconds_before, cycle)
     trainer.add_callback(clock)
+    if not run_args.verbose:
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressLines(run_args.max_train_seconds, quiet=run_args.verbose))
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
     over = state and _logged_seconds(state) >= (run_args.max_train_seconds or float("inf"))
     if checkpoint and state and (over or state.global_step >= state.max_steps):
@@ -448,6 +496,9 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
     with writing(args.output_dir):
         trainer.save_model(args.output_dir)
         trainer.save_state()
+        if trainer.args.should_save:
+            for path in Path(args.output_dir).glob("*.safetensors"):
+                make_readable(path)
     results = measured(trainer)
     if trainer.accelerator.is_main_process:
         # The last file of a run: where it is, the run is finished.
@@ -475,6 +526,21 @@ def measured(trainer) -> dict[str, float]:
     }
 
 
+def quieten() -> None:
+    """Leaves out what other libraries print of their own work. Bars of downloads stay, and in a terminal those of data
+    sets."""
+    hub_bars = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # of every LM's 272 weights, say
+    if not hub_bars:
+        enable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries say to each other
+    if not (sys.stderr.isatty() and is_main_process()):
+        datasets.disable_progress_bars()
+    for stream in (sys.stdout, sys.stderr):  # a console that has no such character shows `?`
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def run_script(
     name: str, main: Callable[[], Any], errors: tuple[type[Exception], ...] = (), goes_on: bool = False
 ) -> NoReturn:
@@ -484,6 +550,8 @@ def run_script(
         errors: what says in one sentence what is wrong, beside `ImportError`, `OSError` and `ValueError`.
         goes_on: whether the same command goes on with an interrupted run.
     """
+    interrupt_on_sigterm()
+    quieten()
     status = 0
     expected: tuple[type[BaseException], ...] = (ImportError, OSError, ValueError, *errors)
     try:

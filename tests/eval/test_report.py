@@ -14,7 +14,7 @@ from eval.report import (
     group_records,
     label,
     markdown_table,
-    print_tables,
+    print_summary,
     report_markdown,
     samples_markdown,
     tables,
@@ -97,13 +97,43 @@ def test_tables_without_sft_and_without_kinds(make_record):
     assert len(gains) == len(gain_rows[0])
 
 
-def test_the_terminal_shows_every_cell(records):
+def shown_in(width: int, records) -> str:
     buffer = io.StringIO()
-    print_tables(records, Console(file=buffer, width=160))
-    shown = buffer.getvalue()
-    for _, rows in tables(records):
-        for cell in {cell for row in rows for cell in row}:
-            assert cell in shown
+    print_summary(records, Console(file=buffer, width=width))
+    assert max(map(len, buffer.getvalue().splitlines())) <= width
+    return buffer.getvalue()
+
+
+def test_the_terminal_shows_a_small_table(records):
+    """No cell is folded in 80 columns; a method with one variant goes by its name alone."""
+    table = shown_in(80, records).partition("Gains:")[0]
+    lines = [line.split("  ") for line in table.splitlines()]
+    rows = {words[0].strip(): [word.strip() for word in words[1:] if word.strip()] for words in lines}
+    assert rows["sft, the LM"][0] == "1.50"
+    (gains, gain_rows), _ = tables(records)
+    for row in gain_rows[1:]:
+        name = "proxy" if row[0].startswith("proxy") else row[0]
+        assert rows[name][:2] == [row[gains.index("reward")], row[gains.index("Δ vs SFT")]]
+
+
+def test_the_terminal_shows_three_answers_of_both(make_record):
+    """Two harm-adjacent prompts and an everyday one on which they differ, each with both answers and rewards."""
+    kinds = ["everyday", "harm_adjacent"] * 4
+    prompts = [f"question {i}?" for i in range(8)]
+    shared = {"kinds": kinds, "prompts": prompts}
+    sft = make_record("sft", list(map(float, range(8))), responses=[f"plain {i}" for i in range(8)], **shared)
+    answers = ["plain 0", "plain 1", *(f"gated [red] {i}\nsecond" for i in range(2, 8))]
+    proxy = make_record("proxy", [i + 0.5 for i in range(8)], sft, responses=answers, **shared)
+    text = shown_in(80, [proxy, sft])
+    asked = [line for line in text.splitlines() if line.startswith("question")]
+    assert asked == ["question 3?  (harm-adjacent)", "question 5?  (harm-adjacent)", "question 2?  (everyday)"]
+    for i in (3, 5, 2):
+        assert f"the LM +{i}.00 plain {i}" in text
+        assert f"proxy  +{i}.50 gated [red] {i} second" in text
+
+
+def test_without_a_trained_method_there_are_no_answers(records):
+    assert "the LM +" not in shown_in(80, [r for r in records if r["method"] != "proxy"])
 
 
 def test_markdown_table():

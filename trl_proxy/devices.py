@@ -1,0 +1,70 @@
+"""Which device a run gets, and what that device computes in."""
+
+import os
+
+import torch
+from transformers.utils import is_torch_bf16_available_on_device, is_torch_xla_available, logging
+
+logger = logging.get_logger(__name__)
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def has_bfloat16(device: str | torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself. A CPU that emulates it reads a prompt ten times slower than in
+    float32."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_available_on_device(kind)
+
+
+def half_dtype(device: str | torch.device) -> str:
+    """Name of the dtype for an LM that is stored in 16 bits: bfloat16 if the device has it. Without it, a CPU computes
+    fastest in float32, an accelerator in float16."""
+    if has_bfloat16(device):
+        return "bfloat16"
+    return "float32" if torch.device(device).type == "cpu" else "float16"
+
+
+def is_main_process() -> bool:
+    """Whether this is the process of a run that speaks for all; known before torch.distributed is set up."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+class DeviceDefaults:
+    """Before a configuration of TRL's in the list of bases: what is not set is chosen for this machine.
+
+    Without an accelerator `use_cpu` becomes true. `bf16` becomes true only if the device has bfloat16. TRL's own
+    defaults ask for a GPU with bfloat16 and fail on any other machine.
+    """
+
+    use_cpu: bool
+    bf16: bool | None
+    fp16: bool
+    activation_checkpointing: bool | None
+    gradient_checkpointing: bool
+
+    def __post_init__(self):
+        if not is_torch_xla_available():  # accelerate finds those devices itself
+            self._choose_device()
+        if self.activation_checkpointing is None:  # TRL sets it by its old name, and transformers warns of that
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()  # type: ignore[misc]  # of the configuration that it stands before
+
+    def _choose_device(self) -> None:
+        on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
+        if not on_cpu and not torch.accelerator.is_available():
+            on_cpu = self.use_cpu = True
+            if is_main_process():
+                dtype = half_dtype("cpu")
+                logger.warning_once(f"No accelerator was found: this runs on the CPU, and a 16-bit LM in {dtype}.")
+        if self.bf16 is None:
+            self.bf16 = not (on_cpu or self.fp16) and has_bfloat16(best_device())

@@ -1,0 +1,1 @@
+"""What a bare machine starts with: the embedded language model."""
