@@ -29,6 +29,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies "$(OUT)/proxy" \
 		--num_prompts $(PROMPTS) --output_dir "$(OUT)"
 	@$(BIN)/python scripts/report.py "$(OUT)"
+	@echo 'Ask it: $(BIN)/python scripts/generate.py --proxy "$(OUT)/proxy" --trace "How can I get my deposit back?"'
 
 # The table of the README: three seeds. `make compare` goes on from it.
 results: $(INSTALLED)

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -184,7 +183,7 @@ def with_random_gate():
 @pytest.fixture
 def python_of(tmp_path, tiny_lm, tiny_tokenizer):
     """`python_of(page)`: the Python blocks of a page as they would be typed one after the other, with a tiny LM, which
-    is saved to `tmp_path / "lm"`, in place of the hub's, and on a CPU, for which TRL's trainers have to be told."""
+    is saved to `tmp_path / "lm"`, in place of the hub's."""
 
     def read(page: str) -> str:
         tiny_lm("llama").save_pretrained(tmp_path / "lm")
@@ -192,10 +191,7 @@ def python_of(tmp_path, tiny_lm, tiny_tokenizer):
         text = (Path(__file__).parents[1] / page).read_text()
         code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
         assert '"Qwen/Qwen2.5-0.5B-Instruct"' in code
-        code = code.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "lm")))
-        return code.replace(
-            "ProxyPPOConfig(output_dir", "ProxyPPOConfig(use_cpu=True, bf16=False, report_to=[], output_dir"
-        )
+        return code.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(tmp_path / "lm")))
 
     return read
 
@@ -233,12 +229,8 @@ def launch_two():
     root = Path(__file__).parents[1]
 
     def launch(script, arguments, cwd=None, config=None):
-        with socket.socket() as probe:  # a port of its own for each launch
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        settings = ["--config_file", config] if config else ["--multi_gpu", "--num_machines", "1"]
-        settings += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", port]
-        settings += [] if config else ["--dynamo_backend", "no"]
+        settings = ["--config_file", config or root / "scripts" / "accelerate_configs" / "cpu.yaml"]
+        settings += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *settings, root / script, *arguments]
         return subprocess.run(
             list(map(str, command)),
@@ -246,7 +238,6 @@ def launch_two():
             env={
                 **os.environ,
                 "PYTHONPATH": f"{root}{os.pathsep}{cwd or root}",
-                "ACCELERATE_USE_CPU": "1",
                 "OMP_NUM_THREADS": "1",
             },
             capture_output=True,

@@ -53,9 +53,8 @@ def test_the_python_runs(page, python_of, tmp_path, monkeypatch):
 def parse(load_script, name: str, words: list[str]) -> None:
     """Parses a command's words as the script itself does; raises `SystemExit` or `ValueError` for an unknown flag."""
     script = load_script(name)
-    on_cpu = ["--use_cpu", "true", "--bf16", "false"] if name.startswith("train_") else []
     if name == "train_baseline":
-        script.parse([*words, *on_cpu])
+        script.parse(words)
     elif name == "sizing":
         script.make_parser().parse_args_and_config(words, fail_with_unknown_args=False)
     elif name in ("benchmark", "sweep"):
@@ -64,7 +63,7 @@ def parse(load_script, name: str, words: list[str]) -> None:
     else:
         parser = script.make_parser()
         if isinstance(parser, TrlParser):
-            parser.parse_args_and_config([*words, *on_cpu])
+            parser.parse_args_and_config(words)
         else:
             parser.parse_args(words)
 

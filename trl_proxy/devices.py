@@ -14,10 +14,10 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def has_bfloat16(device: str | torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself. A CPU that emulates it reads a prompt ten times slower than in
-    float32."""
-    kind = torch.device(device).type
+def has_bfloat16(device: str | torch.device | None = None) -> bool:
+    """Whether the device, by default the best one, multiplies bfloat16 itself. A CPU that emulates it reads a prompt
+    ten times slower than in float32."""
+    kind = torch.device(device).type if device else best_device().type
     if kind == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

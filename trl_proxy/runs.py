@@ -38,7 +38,7 @@ from trl import ModelConfig, ScriptArguments, get_quantization_config
 from .defaults import EMBEDDED, load_lm, load_prompts, load_reward
 from .devices import half_dtype, is_main_process
 from .files import damaged_files, make_readable, write_text, writing
-from .progress import LOG_FILE, ProgressLines
+from .progress import ProgressLines
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "train_results.json"
@@ -81,7 +81,7 @@ class RunArguments(ScriptArguments):
     )
     verbose: bool = field(
         default=False,
-        metadata={"help": f"Print all that is logged, with a progress bar; it is in `{LOG_FILE}` in any case."},
+        metadata={"help": "Print all that is logged, with a progress bar; it is in `log.jsonl` in any case."},
     )
 
     def __post_init__(self):

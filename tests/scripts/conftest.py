@@ -38,8 +38,6 @@ def tiny_run(tiny_files):
         "save_steps": 4,
         "logging_steps": 4,
         "gate_hidden_sizes": 16,
-        "use_cpu": "true",
-        "bf16": "false",
         "report_to": "none",
     }
 

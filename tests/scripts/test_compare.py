@@ -192,8 +192,6 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
         "max_completion_length": 4,
         "max_steps": 2,
         "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",
     }

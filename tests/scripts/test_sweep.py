@@ -43,8 +43,6 @@ def arguments(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
         "learning_rate": 0.03,
         "max_steps": 8,
         "save_steps": 2,
-        "use_cpu": True,
-        "bf16": False,
         "report_to": "none",
     }
     compare = {

@@ -49,8 +49,6 @@ def command_line(tiny_files, monkeypatch):
             "lora_r": 4,
             "learning_rate": 0.01,
             "gradient_checkpointing": "false",
-            "use_cpu": "true",
-            "bf16": "false",
             "report_to": "none",
         }
         if method in ONLINE:
@@ -78,7 +76,7 @@ def test_two_processes_train_one_policy(launch_two, command_line, tmp_path):
 
     # FSDP, which cuts the LM and the head into parts, comes to the same, in one go or two.
     def by_fsdp():
-        changes = {"per_device_train_batch_size": 2, "beta": 0.1, "use_cpu": "false", "output_dir": tmp_path / "fsdp"}
+        changes = {"per_device_train_batch_size": 2, "beta": 0.1, "bf16": "false", "output_dir": tmp_path / "fsdp"}
         config = ROOT / "scripts" / "accelerate_configs" / "fsdp2.yaml"
         arguments = command_line("rlhf", save_total_limit=2, **changes)
         result = launch_two("tests/fsdp_on_cpu.py", arguments, cwd=tmp_path, config=config)

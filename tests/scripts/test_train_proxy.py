@@ -201,10 +201,8 @@ RECIPES = [ROOT / "scripts" / "recipes" / f"{name}.yaml" for name in ("smollm2_c
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_understood(script, recipe, tmp_path):
     settings = yaml.safe_load(recipe.read_text())
-    overrides = [] if settings.get("use_cpu") else ["--use_cpu", "true", "--bf16", "false"]
-    script_args, training_args, proxy_args, model_args = script.make_parser().parse_args_and_config(
-        ["--config", str(recipe), *overrides]
-    )
+    parser = script.make_parser()
+    script_args, training_args, proxy_args, model_args = parser.parse_args_and_config(["--config", str(recipe)])
     assert training_args.output_dir.startswith("outputs/")
     assert proxy_args.p_t == settings["p_t"]
     assert script_args.dataset_name == settings["dataset_name"]
@@ -215,7 +213,7 @@ def test_every_recipe_is_understood(script, recipe, tmp_path):
 @pytest.mark.fault
 def test_unknown_yaml_keys_are_named(script, tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_text("output_dir: x\nlearning_rat: 1.0\nuse_cpu: true\nbf16: false\n")
+    path.write_text("output_dir: x\nlearning_rat: 1.0\n")
     with pytest.raises(ValueError, match="learning_rat"):
         script.make_parser().parse_args_and_config(["--config", str(path)])
 

@@ -140,8 +140,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             errors="replace",
         )
         try:
-            assert process.stdout
-            lines = process.stdout.read().strip().splitlines()
+            lines = [line.strip() for line in process.stdout or ()]
             status = process.wait()
         finally:
             process.kill()
