@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -18,7 +17,7 @@ from trl import is_conversational
 
 from trl_proxy.actor_critic import check_chat_template
 from trl_proxy.rewards import check_rewards, length_buckets
-from trl_proxy.rollout import trace
+from trl_proxy.rollout import trace, trace_texts
 
 # For `logits_to_keep`: the last position by its index. For the slice that `generate` takes by itself, torch on a CPU
 # copies the weights of the head once per row of the batch.
@@ -38,7 +37,8 @@ class Completions:
         lm_forwards: forwards of the LM, counted per row and while the row was unfinished: n tokens of plain decoding
             are n, whatever the batch. For best-of-n those of all samples.
         stats: what only some methods have: `reject_rate`, `accepted_rank_mean`.
-        trace: of a proxy, for every token of every response its text and the texts that were rejected before it.
+        trace: of a proxy, for every token of every response its text and the texts that were rejected before it, as
+            [`~trl_proxy.rollout.trace_texts`] gives them.
         reward_calls: responses that a reward scored for the method to answer: n per prompt for best-of-n.
     """
 
@@ -210,10 +210,6 @@ class ProxyPolicy:
             "accepted_rank_mean": totals["rank_sum"] / totals["tokens"],
         }
         seconds = time.perf_counter() - start
-        decode = cache(lambda token_id: self.tokenizer.decode([token_id]))
         traced = [(indices, trace(rollout, [token_ids[i] for i in indices])) for indices, rollout in rollouts]
-        texts_of_traces = [
-            [(decode(token.token_id), [decode(candidate) for candidate in token.rejected]) for token in response]
-            for response in in_order(traced)
-        ]
+        texts_of_traces = [trace_texts(response, self.tokenizer) for response in in_order(traced)]
         return Completions(texts, token_ids, seconds, totals["lm_forwards"], stats, texts_of_traces)

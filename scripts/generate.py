@@ -4,11 +4,22 @@
     python scripts/generate.py --proxy outputs/demo/proxy --trace "How can I get my deposit back?"
     python scripts/generate.py "How can I get my deposit back?"                 # the plain LM
 
-`--trace` shows every proposal (figure 1 of arXiv 2403.04283): accepted tokens in green, rejected ones in red and
-struck out before the token that was accepted in their place, tokens that nobody was asked about as they are.
+`--trace` shows every proposal (figure 1 of arXiv 2403.04283), below a line that says how to read it. In colours,
+accepted tokens are green, and rejected ones are red and struck out before the token accepted in their place. Without
+colours (a pipe, a log file, NO_COLOR) rejected tokens are marked: `[-like this-]`. They show a line break as Python
+writes it, and bytes of an incomplete character as `<0xF0 0x9F>`.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
+
+# isort: split
+
 import argparse
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,8 +29,8 @@ from transformers import TextStreamer, set_seed
 from trl_proxy import ProxyModelForCausalLM
 from trl_proxy.actor_critic import check_chat_template
 from trl_proxy.defaults import EMBEDDED, load_lm
-from trl_proxy.rollout import trace
-from trl_proxy.runs import run_script
+from trl_proxy.rollout import trace, trace_texts
+from trl_proxy.runs import run_script, to_device
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,22 +43,67 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=64, help="Longest response.")
     parser.add_argument("--threshold", type=float, help="Alignment strength: above 0 the gate rejects more.")
     parser.add_argument("--gate_sample", action="store_true", help="Draw the gate's decisions.")
-    parser.add_argument("--trace", action="store_true", help="Show what was proposed, accepted and rejected.")
+    parser.add_argument("--trace", action="store_true", help="Show each proposal: accepted, or rejected and marked.")
     parser.add_argument("--dtype", help="Of the LM, e.g. float32; default: as stored.")
     parser.add_argument("--seed", type=int, default=0, help="For --gate_sample.")
     return parser
 
 
-def trace_text(tokenizer, output, prompt_width: int) -> Text:
-    """The response of the first row with its rejected proposals, for a terminal."""
+class TracedText(NamedTuple):
+    """The text of a token, whether it was accepted by a decision, and the texts that were rejected before it."""
+
+    text: str
+    asked: bool
+    rejected: list[str]
+
+
+def read_trace(tokenizer, output, prompt_width: int) -> list[TracedText]:
+    """The tokens of the first row's response; white space and the like in rejected texts is made visible."""
     response = output.sequences[0, prompt_width : prompt_width + int(output.decisions.tokens[0])].tolist()
-    text = Text()
-    for token in trace(output.rollout, [response])[0]:
-        for candidate in token.rejected:
-            # A line break that was rejected must not break the line.
-            text.append(tokenizer.decode([candidate]).replace("\n", "\\n"), "red strike")
-        text.append(tokenizer.decode([token.token_id]), "green" if token.asked else None)
+    tokens = trace(output.rollout, [response])[0]
+    return [
+        TracedText(text, token.asked, list(map(visible, rejected)))
+        for token, (text, rejected) in zip(tokens, trace_texts(tokens, tokenizer), strict=True)
+    ]
+
+
+def visible(text: str) -> str:
+    """The text on one line: a line break, what cannot be printed and a backslash are escaped as in Python."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)
+
+
+def colored_trace(tokens: list[TracedText]) -> Text:
+    """A legend, and the response in colours with its rejected texts struck out."""
+    legend = [("accepted", "green"), ", ", ("rejected", "red strike"), ", taken without a decision\n"]
+    text = Text.assemble(*legend)
+    for token in tokens:
+        for rejected in token.rejected:
+            text.append(rejected, "red strike")
+        text.append(token.text, "green" if token.asked else None)
     return text
+
+
+def plain_trace(tokens: list[TracedText]) -> str:
+    """A legend, and the response with its rejected texts as `[-text-]`.
+
+    All marks have the same number of dashes. It is the smallest for which the response has no `[-` and no rejected
+    text has `-]`, so that a mark ends at the first `-]` after its `[-`.
+    """
+    response = "".join(token.text for token in tokens)
+    dashes = "-"
+    while f"[{dashes}" in response or any(f"{dashes}]" in rejected for token in tokens for rejected in token.rejected):
+        dashes += "-"
+    mark = f"[{dashes}{{}}{dashes}]".format
+    legend = f"{mark('text')} was rejected; the text after it was accepted in its place\n"
+    return legend + "".join("".join(map(mark, token.rejected)) + token.text for token in tokens)
+
+
+def print_trace(console: Console, tokens: list[TracedText]) -> None:
+    """Prints the trace in colours if the console has them; neither form is wrapped."""
+    if console.color_system is None or console.no_color:
+        print(plain_trace(tokens), file=console.file)  # rich would write spaces for a tab
+    else:
+        console.print(colored_trace(tokens), soft_wrap=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -55,7 +111,9 @@ def main(args: argparse.Namespace) -> None:
     if args.trace and not args.proxy:
         raise ValueError("--trace shows the decisions of a proxy: name one with --proxy.")
     set_seed(args.seed)
-    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, device=device)
+    lm = to_device(lm, device)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     check_chat_template(messages, tokenizer)
@@ -80,12 +138,13 @@ def main(args: argparse.Namespace) -> None:
     )
     decisions = output.decisions
     if args.trace:
-        console.print(trace_text(tokenizer, output, inputs["input_ids"].shape[1]))
+        print_trace(console, read_trace(tokenizer, output, inputs["input_ids"].shape[1]))
     console.print(
         f"{int(decisions.tokens[0])} tokens, {int(decisions.proposals[0])} proposals: {int(decisions.rank_sum[0])} "
         f"rejected, {int(decisions.accepts[0])} accepted, {int(decisions.forced[0])} without asking; "
         f"{int(decisions.lm_forwards[0])} LM forwards",
         style="dim",
+        soft_wrap=True,
     )
 
 

@@ -14,6 +14,7 @@ from trl_proxy import ProxyConfig
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "scripts" / "accelerate_configs"
 EXPECTED = {
+    "cpu": {"multi_gpu": True, "use_cpu": True, "num_processes": 2, "main_process_port": 0},
     "multi_gpu": {"multi_gpu": True},
     "fsdp2": {"use_fsdp": True, "fsdp_version": 2},
     "zero2": {"use_deepspeed": True, "zero_stage": 2},

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from baselines import sft
 from baselines.policy import (
@@ -130,6 +132,25 @@ def test_proxy_statistics_equal_the_brute_force(tiny_lm, tiny_tokenizer, with_ra
     tokens = sum(len(row.tokens) for row in rows)
     assert completions.stats["accepted_rank_mean"] == pytest.approx(rejected / tokens)
     assert completions.lm_forwards == sum(row.lm_forwards for row in rows)
+
+
+def test_the_trace_has_characters_of_several_tokens(tiny_lm, with_random_gate):
+    """Each of the 96 tokens is a byte: letters, a space, and bytes of which characters such as `é` have two."""
+    others = sorted(name for name in pre_tokenizers.ByteLevel.alphabet() if name > "~" and name != "Ġ")
+    names = ["<pad>", "<bos>", "<eos>", *"Ġabcdefghijklmnopqrstuvwxyz", *others]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names[:96])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    model = with_random_gate(tiny_lm(), ProxyConfig(p_t=0.02, max_candidates=4))
+    completions = ProxyPolicy(model, tokenizer, batch_size=2, max_new_tokens=60).complete(TEXTS)
+    texts = ["".join(text for text, _ in response) for response in completions.trace]
+    assert texts == [tokenizer.decode(ids) for ids in completions.token_ids]
+    rejected = "".join(text for response in completions.trace for _, candidates in response for text in candidates)
+    for shown in ("".join(texts), rejected):
+        assert any(character > "~" and character != "\ufffd" for character in shown)
+    assert "\ufffd" not in rejected
+    assert "<0x" in rejected
 
 
 def test_a_proxy_without_decisions_has_no_reject_rate(tiny_lm, tiny_tokenizer):

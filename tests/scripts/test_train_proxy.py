@@ -1,12 +1,15 @@
 """scripts/train_proxy.py: flags, recipes, resuming, and what it says to a mistake."""
 
+import functools
 import json
 import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,38 @@ def test_it_trains_and_leaves_a_proxy_that_loads(script, tiny_run, tiny_lm, monk
     model = ProxyModelForCausalLM.from_pretrained(tiny_lm("llama"), tmp_path / "out")
     assert model.proxy_config.gate_hidden_sizes == [16]
     assert model.gate.mlp[-1].weight.abs().sum() > 0
+
+
+def test_what_it_prints_and_what_other_users_can_read(script, tiny_run, monkeypatch, tmp_path, capsys):
+    """A line per logging step and no dictionary, which `--verbose` brings back; files have the modes of `open`."""
+    run(script, tiny_run(save_total_limit=1), monkeypatch, tmp_path)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^step (\d)/8 ", printed, re.MULTILINE) == ["4", "8"]
+    assert "explained_variance" not in printed
+    logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "explained_variance" in entry] == [4, 8]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    files = list((tmp_path / "out").rglob("*.safetensors"))
+    assert len(files) == 2  # the proxy's, and the checkpoint's
+    for path in files:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
+    run(script, tiny_run(output_dir=tmp_path / "verbose", verbose="true"), monkeypatch, tmp_path)
+    printed = capsys.readouterr().out
+    assert "explained_variance" in printed
+    assert "left" not in printed
+
+
+def test_two_trainings_at_once_do_not_share_a_port(launch_two, tiny_run, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        launch = functools.partial(launch_two, "scripts/train_proxy.py", cwd=tmp_path)
+        runs = list(pool.map(launch, (tiny_run(output_dir=tmp_path / name, max_steps=4) for name in "ab")))
+    for result, name in zip(runs, "ab"):
+        assert result.returncode == 0, result.stderr[-3000:]
+        results = json.loads((tmp_path / name / "train_results.json").read_text())
+        assert results["num_processes"] == 2
+        assert "No accelerator" in result.stderr or torch.accelerator.is_available()
+        assert result.stderr.count("No accelerator") <= 1
 
 
 def test_a_trained_proxy_is_trained_further(script, tiny_run, tiny_lm, monkeypatch, tmp_path):
