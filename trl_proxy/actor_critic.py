@@ -14,6 +14,7 @@ from trl.trainer.utils import RepeatSampler
 
 from .advantages import gae, step_rewards
 from .config import PPOConfig
+from .devices import warn_of_emulation
 from .guards import GuardedRewards
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
 
@@ -40,6 +41,7 @@ class ActorCriticTrainer(GuardedRewards, RLOOTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        warn_of_emulation(self.model.get_input_embeddings().weight.dtype, self.accelerator.device)
         for dataset in (train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
                 check_chat_template(dataset["prompt"][0], self._tokenizer)

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .devices import best_device, half_dtype, has_bfloat16
+from .devices import best_device, half_dtype, has_bfloat16, warn_of_emulation
 from .embedded.lm import embedded_lm_path
 from .rewards import KINDS, PreferenceReward, import_reward
 
@@ -64,11 +64,8 @@ def load_lm(
         dtype = "auto" if has_bfloat16(target) else half_dtype(target)
         if dtype == "float16" and quantization_config is None:
             logger.warning_once(f"This {target.type} device has no bfloat16: the LM runs in float16.")
-    elif dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16(target):
-        logger.warning_once(
-            f"This {target.type} device emulates bfloat16, many times slower than {half_dtype(target)}: choose the "
-            "dtype `auto`."
-        )
+    else:
+        warn_of_emulation(dtype, target)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
     )

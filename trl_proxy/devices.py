@@ -34,6 +34,15 @@ def half_dtype(device: str | torch.device) -> str:
     return "float32" if torch.device(device).type == "cpu" else "float16"
 
 
+def warn_of_emulation(dtype: str | torch.dtype | None, device: str | torch.device) -> None:
+    """Warns, once, if an LM of this dtype would run in bfloat16 that the device emulates."""
+    if dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16(device):
+        logger.warning_once(
+            f"This {torch.device(device).type} device emulates bfloat16, many times slower than {half_dtype(device)}: "
+            "load the LM with the dtype `auto` of `trl_proxy.defaults.load_lm`, or with that one."
+        )
+
+
 def is_main_process() -> bool:
     """Whether this is the process of a run that speaks for all; known before torch.distributed is set up."""
     return int(os.environ.get("RANK") or 0) == 0
@@ -64,7 +73,7 @@ class DeviceDefaults:
         if not on_cpu and not torch.accelerator.is_available():
             on_cpu = self.use_cpu = True
             if is_main_process():
-                dtype = half_dtype("cpu")
-                logger.warning_once(f"No accelerator was found: this runs on the CPU, and a 16-bit LM in {dtype}.")
+                dtype = "" if has_bfloat16("cpu") else ", where `--dtype auto` is float32"
+                logger.warning_once(f"No accelerator was found: this runs on the CPU{dtype}.")
         if self.bf16 is None:
             self.bf16 = not (on_cpu or self.fp16) and has_bfloat16(best_device())

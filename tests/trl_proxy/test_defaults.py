@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM, defaults
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM, defaults, devices
 from trl_proxy.defaults import load_lm, load_prompts, load_reward
 
 # fmt: off
@@ -123,7 +123,7 @@ def test_a_cpu_without_bfloat16_does_not_emulate_it(
     warnings = []
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    monkeypatch.setattr(defaults.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(devices.logger, "warning_once", warnings.append)
     model, _ = load_lm(str(tmp_path), dtype=dtype)
     assert model.dtype == loaded
     assert {weight.dtype for weight in model.state_dict().values()} == {loaded}

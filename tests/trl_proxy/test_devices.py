@@ -4,12 +4,21 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from trl import DPOConfig, GRPOConfig, RLOOConfig
 
 from baselines.dpo import DeviceDPOConfig
 from baselines.grpo import GuardedGRPOConfig
 from baselines.rloo import GuardedRLOOConfig
-from trl_proxy import PPOConfig, ProxyPPOConfig, devices
+from trl_proxy import (
+    PPOConfig,
+    PPOTrainer,
+    ProxyConfig,
+    ProxyModelForCausalLM,
+    ProxyPPOConfig,
+    ProxyPPOTrainer,
+    devices,
+)
 
 CONFIGS = [PPOConfig, ProxyPPOConfig, GuardedRLOOConfig, GuardedGRPOConfig, DeviceDPOConfig]
 
@@ -94,6 +103,27 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     assert ProxyPPOConfig(output_dir=str(tmp_path)).bf16 is False
     assert devices.half_dtype("cpu") == "float32"
+
+
+@pytest.mark.parametrize("trainer", ["proxy", "ppo"])
+def test_a_trainer_warns_of_an_lm_that_the_cpu_emulates(trainer, said, tmp_path, monkeypatch, tiny_lm, tiny_tokenizer):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    dataset = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
+    shared = {"reward_funcs": len, "train_dataset": dataset, "processing_class": tiny_tokenizer}
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1)):
+        lm = tiny_lm("llama", dtype=dtype)
+        options = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "per_device_train_batch_size": 4,
+            "max_completion_length": 8,
+        }
+        if trainer == "proxy":
+            ProxyPPOTrainer(ProxyModelForCausalLM(lm, ProxyConfig()), args=ProxyPPOConfig(**options), **shared)
+        else:
+            PPOTrainer(lm, args=PPOConfig(beta=0.0, **options), **shared)
+        assert len(said) == count
+    assert "emulates bfloat16, many times slower than float32" in said[0]
 
 
 def test_checkpointing_of_activations_keeps_both_names(tmp_path):
