@@ -47,7 +47,7 @@ def built(tmp_path_factory):
     call(sys.executable, "-c", build, "build_sdist", folder, cwd=source)
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as file:
-        file.extractall(folder, filter="data")
+        file.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since 3.11.4
     call(sys.executable, "-c", build, "build_wheel", folder, cwd=folder / sdist.name.removesuffix(".tar.gz"))
     (wheel,) = folder.glob("*.whl")
     return sdist, wheel
