@@ -75,7 +75,7 @@ def test_a_whole_report(run, compared, tmp_path, capsys):
     for record in map(json.loads, (path.read_text() for path in RESULTS.glob("*.json"))):
         assert record["git_commit"] in html
         assert record["prompts_sha256"] in html
-    assert "report.html: " in capsys.readouterr().out
+    assert "report.html (" in capsys.readouterr().out
     assert not list(compared.glob("*.tmp"))
 
 

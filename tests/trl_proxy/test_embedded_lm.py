@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", CHECKSUMS_NAME}
 # Prints the folder and whether its weights are all there.
 PROGRAM = """
-import sys, time
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from trl_proxy.embedded.lm import embedded_lm_path
 print("ready", flush=True)
 path = embedded_lm_path()
