@@ -14,7 +14,7 @@ TRAIN =
 .PHONY: install demo results results-harmless results-long compare compare-quick report tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	@echo "Installing into $(VENV): a few minutes, once."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,7 +1,9 @@
 """The package as users get it: an sdist, a wheel made from it, and that wheel where no checkout is."""
 
+import ast
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +42,7 @@ def built(tmp_path_factory):
     source = folder / "checkout"
     for name in ("trl_proxy", "baselines", "eval", "scripts", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     # What `python -m build` calls, in this environment: nothing is fetched.
     build = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])(sys.argv[2])"
@@ -59,6 +61,22 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     assert {name for name in names if ".dist-info/" not in name} == SHIPPED
     assert {"trl_proxy/py.typed", "trl_proxy/data/prompts.jsonl", "trl_proxy/data/reward/router.safetensors"} < SHIPPED
     assert wheel.stat().st_size < 10 * 2**20
+
+
+def test_an_editable_installation_finds_the_checkouts_packages(tmp_path):
+    """With any extra and in pip's default mode; what is published does not have them."""
+    for name in ("trl_proxy", "baselines", "eval"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "import setuptools.build_meta as b, sys; b.build_editable(sys.argv[1])"
+    call(sys.executable, "-c", build, tmp_path / "wheel", cwd=tmp_path)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        (finder,) = (name for name in file.namelist() if name.endswith("_finder.py"))
+        (mapping,) = re.findall(r"^MAPPING.*= (\{.*\})$", file.read(finder).decode(), re.MULTILINE)
+    found = ast.literal_eval(mapping)
+    assert found == {name: str(tmp_path / name) for name in ("trl_proxy", "baselines", "eval")}
 
 
 def test_the_metadata(built):
