@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -62,7 +63,8 @@ def serve(path: str) -> None:
         importlib.import_module(module)
     launcher = f"{path}.sh"
     with open(launcher, "w", encoding="utf-8") as file:
-        file.write(f'#!/bin/sh\nexec {sys.executable} -S -E {os.path.abspath(__file__)} {path} "$@"\n')
+        client = shlex.join([sys.executable, "-S", "-E", os.path.abspath(__file__), path])
+        file.write(f'#!/bin/sh\nexec {client} "$@"\n')
     os.chmod(launcher, 0o755)
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
     for method, settings in (("proxy", {"num_iterations": 1, "gate_hidden_sizes": [8]}), ("dpo", {"lora_r": 2})):
         (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(shared | settings))
         recipes.append(f"{method}={tmp_path / method}.yaml")
-    launch = f"env PYTHONPATH={ROOT}:{folder} {sys.executable}"
+    launch = shlex.join(["env", f"PYTHONPATH={ROOT}:{folder}", sys.executable])
     call = {"proxies": [], "recipes": recipes, "seeds": [4], "launch": launch, "methods": ["proxy"]}
     records = run(**call)
     assert set(records) == {"sft-seed0", "dpo-lora_r=2-seed4", "proxy-prefix_gate_hidden_sizes=_8_-seed4"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -61,7 +62,7 @@ def arguments(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
         "recipe": "train.yaml",
         "evaluate": "compare.yaml",
         "grid": {"p_t": [0.1, 0.02]},
-        "launch": sys.executable,
+        "launch": shlex.quote(sys.executable),
         "jobs": 2,
         "output_dir": "cells",
     }
