@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 # Two processes on the CPU. A machine with GPUs launches by its own accelerate configuration instead.
-LAUNCH = $(BIN)/accelerate launch --config_file scripts/accelerate_configs/cpu.yaml
+LAUNCH = $(BIN)/python scripts/launch.py --config_file scripts/accelerate_configs/cpu.yaml
 OUT = outputs/demo
 # Of the demo: how many test prompts are compared, and flags of its training, such as --max_steps 64
 PROMPTS = 64

@@ -13,7 +13,7 @@ import pytest
 from trl_proxy.runs import find_file, launcher, one_sentence, run_command
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name != "launch.py")  # needs no project
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,32 @@ def test_accelerate_is_this_environments():
     result = subprocess.run(words, env={"PATH": "/nowhere"}, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "usage: accelerate" in result.stdout
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("ending", "status", "said"),
+    [
+        ("sys.exit('train: one sentence.')", 1, "train: one sentence.\n"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            137,
+            "launch: process 0 was ended by SIGKILL; the same command resumes.\n",
+        ),
+        ("time.sleep(3), os.kill(os.getppid(), signal.SIGINT), time.sleep(60)", 130, ""),
+        ("print('done')", 0, ""),
+    ],
+)
+def test_a_launch_ends_with_what_the_training_said(tmp_path, ending, status, said):
+    script = tmp_path / "train.py"
+    quietly = "signal.signal(signal.SIGINT, lambda *_: os._exit(130))"
+    script.write_text(
+        f"import os, signal, sys, time\n{quietly}\nif os.environ['RANK'] == '0':\n    {ending}\n"
+        f"elif 'getppid' in {ending!r}:\n    time.sleep(60)\n"
+    )
+    config = ROOT / "scripts" / "accelerate_configs" / "cpu.yaml"
+    result = run([sys.executable, ROOT / "scripts" / "launch.py", "--config_file", config, script], tmp_path)
+    assert (result.returncode, result.stderr) == (status, said)
 
 
 @pytest.mark.fault
