@@ -196,23 +196,15 @@ def print_summary(records: list[dict], console: Console | None = None) -> None:
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=100)
     console.print(_title(records), soft_wrap=True, highlight=False)
-    sft, nothing, rows = find_sft(records), (None, None), []
-    headers = ["method", "reward", "gain [95 %]", "gold gain [95 %]", "LM/token"]
-    groups = group_records(records)
-    methods = [group[0]["method"] for group in groups.values()]
-    for name, group in groups.items():
-        method = group[0]["method"]
-        short = method if methods.count(method) == 1 and method != "best_of_n" else name
-        rows.append(
-            [
-                "sft, the LM" if name == "sft" else short,
-                _number(mean_over_seeds(group, "reward_mean"), ".2f"),
-                with_interval(*(delta_over_seeds(group, sft) or nothing), "+.2f"),
-                with_interval(*(delta_over_seeds(group, sft, gold=True) or nothing), "+.2f"),
-                _number(mean_over_seeds(group, "lm_forwards_per_token"), ".2f"),
-            ]
-        )
-    print_table(headers, [[cell.replace("n/a", "") for cell in row] for row in rows], console=console)
+    (gains, gain_rows), (costs, cost_rows) = tables(records)
+    methods = [row[0].partition(" (")[0] for row in gain_rows]
+    rows = []
+    for method, gain, cost in zip(methods, gain_rows, cost_rows):
+        name = method if methods.count(method) == 1 and method != "best_of_n" else gain[0]
+        cells = [gain[gains.index(title)] for title in ("reward", "Δ vs SFT", "gold Δ")]
+        cells = ["sft, the LM" if method == "sft" else name, *cells, cost[costs.index("LM forwards")]]
+        rows.append([cell.replace("n/a", "") for cell in cells])
+    print_table(["method", "reward", "gain [95 %]", "gold gain [95 %]", "LM/token"], rows, console=console)
     console.print("Gains: over the LM's own greedy answers. LM/token: runs of the LM per token.", style="dim")
     console.print()
     print_examples(records, console)

@@ -21,8 +21,8 @@ def reason_not_written(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # safetensors and tokenizers are written in Rust, and torch writes its archives in C++.
-    if reason := re.search(r"([^:]+) \(os error \d+\)|\[Errno \d+\] ([^:]+)", str(error)):
-        return (reason[1] or reason[2]).strip()
+    if reason := re.search(r"([^:]+) \(os error \d+\)", str(error)):
+        return reason[1].strip()
     in_archive = any(part in str(error) for part in ("inline_container", "iostream error"))
     return "torch could not write its file" if in_archive else None
 
@@ -60,12 +60,12 @@ def make_readable(path: str | os.PathLike) -> None:
     """
     umask = os.umask(0o022)
     os.umask(umask)
-    if os.path.isdir(path):
-        os.chmod(path, 0o777 & ~umask)
-        for name in os.listdir(path):
-            make_readable(os.path.join(path, name))
-    else:
+    if os.path.isfile(path):
         os.chmod(path, 0o666 & ~umask)
+    for folder, _, names in os.walk(os.fspath(path)):
+        os.chmod(folder, 0o777 & ~umask)
+        for name in names:
+            os.chmod(os.path.join(folder, name), 0o666 & ~umask)
 
 
 def _checksums(folder: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 LOG_FILE = "log.jsonl"
 # Printed if they are logged: name, title, format.
@@ -16,6 +16,11 @@ _SHOWN = (
     ("eval_loss", "validation loss", ".4f"),
     ("accept_rate", "accepted", ".0%"),
 )
+
+
+def logged_seconds(state: TrainerState) -> float:
+    """How long a run has trained by its own log, the parts before an interruption included."""
+    return next((entry["train_seconds"] for entry in reversed(state.log_history) if "train_seconds" in entry), 0.0)
 
 
 def _duration(seconds: float) -> str:
@@ -39,7 +44,7 @@ class ProgressLines(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first_step = time.monotonic(), state.global_step
-        self.spent = next((x["train_seconds"] for x in reversed(state.log_history) if "train_seconds" in x), 0.0)
+        self.spent = logged_seconds(state)
         if not state.is_world_process_zero:
             return
         os.makedirs(args.output_dir, exist_ok=True)

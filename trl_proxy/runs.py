@@ -38,7 +38,7 @@ from trl import ModelConfig, ScriptArguments, get_quantization_config
 from .defaults import EMBEDDED, load_lm, load_prompts, load_reward
 from .devices import half_dtype, is_main_process
 from .files import damaged_files, make_readable, write_text, writing
-from .progress import ProgressLines
+from .progress import ProgressLines, logged_seconds
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "train_results.json"
@@ -388,10 +388,6 @@ def is_finished(folder: str | os.PathLike, settings: dict) -> bool:
 # The run itself
 
 
-def _logged_seconds(state: TrainerState) -> float:
-    return next((entry["train_seconds"] for entry in reversed(state.log_history) if "train_seconds" in entry), 0.0)
-
-
 class Interrupted(Exception):
     """A signal ended the run; its checkpoint is saved."""
 
@@ -423,7 +419,7 @@ class RunClock(TrainerCallback):
         self.noted = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.spent = max(_logged_seconds(state), self.before)
+        self.spent = max(logged_seconds(state), self.before)
         self.started = time.monotonic()
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -479,7 +475,7 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
         trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines(run_args.max_train_seconds, quiet=run_args.verbose))
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
-    over = state and _logged_seconds(state) >= (run_args.max_train_seconds or float("inf"))
+    over = state and logged_seconds(state) >= (run_args.max_train_seconds or float("inf"))
     if checkpoint and state and (over or state.global_step >= state.max_steps):
         # transformers would train one step more.
         trainer.accelerator.print(f"{checkpoint} is the end of this run: nothing left to train.")
@@ -521,7 +517,7 @@ def measured(trainer) -> dict[str, float]:
         "episodes": trainer.state.global_step * samples // getattr(args, "num_iterations", 1),
         "steps": trainer.state.global_step,
         "num_processes": args.world_size,
-        "train_seconds": _logged_seconds(trainer.state),
+        "train_seconds": logged_seconds(trainer.state),
         "train_peak_memory_mb": peak.item(),
     }
 

@@ -147,7 +147,9 @@ def _convert(gguf: Path, folder: Path) -> None:
             process.wait()
         message = lines[-1] if lines else "it was killed" if status < 0 else f"exit status {status}"
         if status == convert.WRITE_FAILED:
-            raise _not_kept(folder.parent, reason_not_written(Exception(message)) or message)
+            python = re.search(r"\[Errno \d+\] ([^:]+)", message)
+            reason = python[1] if python else reason_not_written(Exception(message))
+            raise _not_kept(folder.parent, reason or message)
         if status:
             raise ValueError(
                 f"The embedded LM could not be read from {gguf.name} ({message}): run `pip install gguf` and "
