@@ -35,7 +35,6 @@ import itertools
 import os
 from dataclasses import dataclass, field
 
-import torch
 import yaml
 from datasets import Dataset
 from trl import ModelConfig, TrlParser
@@ -52,6 +51,7 @@ from eval.trained import Trained, at_thresholds, read_baseline, read_proxy
 from trl_proxy import ProxyModelForCausalLM
 from trl_proxy.card import add_results
 from trl_proxy.defaults import EMBEDDED, load_prompts
+from trl_proxy.devices import inference_device
 from trl_proxy.files import write_text
 from trl_proxy.runs import (
     find_file,
@@ -307,7 +307,7 @@ def evaluate(
     print(f"{len(jobs) - len(pending)} of {len(jobs)} records are there already, {len(pending)} to go.")
     if not pending:
         return
-    first, device = jobs[0][0], "cuda" if torch.cuda.is_available() else "cpu"
+    first, device = jobs[0][0], inference_device()
     reward, gold_reward = (  # before the LM: they are small, and a wrong name should be known soon
         load_callable_reward(name, batch_size=args.batch_size, device=device)
         for name in (first.reward_model, first.gold_reward_model)

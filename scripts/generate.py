@@ -29,6 +29,7 @@ from transformers import TextStreamer, set_seed
 from trl_proxy import ProxyModelForCausalLM
 from trl_proxy.actor_critic import check_chat_template
 from trl_proxy.defaults import EMBEDDED, load_lm
+from trl_proxy.devices import inference_device
 from trl_proxy.rollout import trace, trace_texts
 from trl_proxy.runs import run_script, to_device
 
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
     if args.trace and not args.proxy:
         raise ValueError("--trace shows the decisions of a proxy: name one with --proxy.")
     set_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = inference_device()
     lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, device=device)
     lm = to_device(lm, device)
     messages = [{"role": "system", "content": args.system}] if args.system else []

@@ -41,7 +41,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from string import Template
 
-import torch
 from tqdm.auto import tqdm
 from trl import ModelConfig, TrlParser
 
@@ -67,6 +66,7 @@ from eval.judgements import (
 )
 from eval.report import print_table
 from trl_proxy.defaults import EMBEDDED
+from trl_proxy.devices import inference_device
 from trl_proxy.runs import load_policy, run_script, to_device
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
@@ -194,7 +194,7 @@ def text_judge(judge: PairwiseJudge, settings: dict, prices: tuple[float, float]
 
 def local_judge(args: JudgeArguments, model_args: ModelConfig, template: Template) -> Judging:
     """The causal LM that the model arguments name."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = inference_device()
     lm, tokenizer = load_policy(model_args, args, device)
     lm = to_device(lm, device)
     name = f"transformers {model_args.model_name_or_path or EMBEDDED}"

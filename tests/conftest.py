@@ -7,7 +7,9 @@ import random
 import re
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -274,6 +276,21 @@ def fork_server(tmp_path_factory):
     yield start
     server.kill()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def bare_python():
+    """`bare_python(folder)`: makes an environment there that sees this one's packages, and not that this checkout is
+    installed; returns its interpreter."""
+
+    def build(folder: Path) -> Path:
+        venv.create(folder, symlinks=True)
+        (site,) = (folder / "lib").glob("*/site-packages")
+        # A plain path: the .pth files in there, as that of an editable installation, are not read.
+        (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        return folder / "bin" / "python"
+
+    return build
 
 
 @pytest.fixture(scope="session")

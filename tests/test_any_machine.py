@@ -4,8 +4,6 @@ import ast
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,6 @@ from trl_proxy.runs import find_file, launcher, one_sentence, run_command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name != "launch.py")  # needs no project
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """An interpreter that sees this environment's packages, and not that this checkout is installed."""
-    folder = tmp_path_factory.mktemp("bare") / "with space"
-    venv.create(folder, symlinks=True)
-    (site,) = (folder / "lib").glob("*/site-packages")
-    # A plain path: the .pth files in there, as that of an editable installation, are not read.
-    (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder / "bin" / "python"
 
 
 def run(command, cwd, **environment) -> subprocess.CompletedProcess:
@@ -52,8 +39,9 @@ def test_every_script_begins_with_its_own_checkout(script):
     ]
 
 
-def test_a_script_needs_no_installation_and_no_folder(python, tmp_path):
+def test_a_script_needs_no_installation_and_no_folder(bare_python, tmp_path):
     """Another checkout's packages, which are on the path, do not get in the way."""
+    python = bare_python(tmp_path / "with space")
     for name in ("trl_proxy", "baselines", "eval"):
         (tmp_path / "other" / name).mkdir(parents=True)
         (tmp_path / "other" / name / "__init__.py").write_text("raise ImportError('of another checkout')")

@@ -7,9 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
 
@@ -100,15 +98,12 @@ def test_the_changelog_has_this_version():
     assert f"## [{trl_proxy.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_wheel_works_without_the_checkout(built, python_of, tmp_path):
+def test_the_wheel_works_without_the_checkout(built, python_of, bare_python, tmp_path):
     """In an environment of its own that sees this one's packages, but not the editable install: it trains the README's
     proxy, and `python -m trl_proxy` answers."""
-    venv.create(tmp_path / "venv", symlinks=True)
-    python = tmp_path / "venv" / "bin" / "python"
+    python = bare_python(tmp_path / "venv")
     call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=tmp_path)
     (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
-    # A plain path: .pth files in there, as that of the editable install, are not read.
-    (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     script = elsewhere / "example.py"

@@ -14,6 +14,11 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
+def inference_device() -> torch.device:
+    """Where scripts that do not train run an LM: a CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def has_bfloat16(device: str | torch.device | None = None) -> bool:
     """Whether the device, by default the best one, multiplies bfloat16 itself. A CPU that emulates it reads a prompt
     ten times slower than in float32."""
