@@ -11,7 +11,7 @@ OUT = outputs/demo
 PROMPTS = 64
 TRAIN =
 
-.PHONY: install demo results results-harmless results-long compare compare-quick report tune sweeps test lint docs audit clean
+.PHONY: install demo results results-harmless results-long compare compare-quick report tables tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python scripts/report.py "$(OUT)"
 	@echo 'Ask it: $(BIN)/python scripts/generate.py --proxy "$(OUT)/proxy" --trace "How can I get my deposit back?"'
 
-# The table of the README: three seeds. `make compare` goes on from it.
+# The proxy with three seeds, the LM and best-of-n. `make compare` adds the other methods.
 results: $(INSTALLED)
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_all_smollm2_cpu.yaml --launch "$(LAUNCH)" \
 		--recipes proxy=scripts/recipes/smollm2_cpu.yaml --best_of 2 4
@@ -48,7 +48,7 @@ results-harmless: $(INSTALLED)
 		--proxies outputs/results-harmless/seed0 --reward_model_name_or_path embedded:harmless --methods sft proxy \
 		--output_dir outputs/results-harmless
 
-# How far a gate gets in an hour: four times the episodes of the demo, then responses of 24 tokens.
+# Shows how far a gate gets in an hour: four times the episodes of the demo, then responses of 24 tokens.
 SEED = 0
 LONG := outputs/results-long/seed$(SEED)
 results-long: $(INSTALLED)
@@ -72,16 +72,24 @@ compare-quick: $(INSTALLED)
 	$(BIN)/python scripts/compare.py --config scripts/recipes/compare_quick_smollm2_cpu.yaml --launch "$(LAUNCH)"
 	$(BIN)/python scripts/report.py outputs/compare-quick
 
-# The page of `make compare`, with the figures of `make sweeps` where those are finished.
+# The page of `make compare`, with the figures of `make sweeps` if those are finished.
 SWEEPS := p_t temperature
 SWEPT := $(foreach key,$(SWEEPS),$(if $(wildcard outputs/sweep_$(key)/sweep.md),$(key)=outputs/sweep_$(key)))
 report: $(INSTALLED)
 	$(BIN)/python scripts/report.py outputs/compare $(if $(strip $(SWEPT)),--sweeps $(SWEPT))
 
-# Learning rates on the validation prompts, which chose those of the recipes.
+# The tables of the documentation, from docs/results/records.jsonl, written into its pages.
+tables: $(INSTALLED)
+	$(BIN)/python scripts/report.py --tables README.md docs/results.md
+
+# Compares learning rates on the validation prompts; the recipes have the best.
 tune: $(INSTALLED)
-	for method in proxy rlhf rloo grpo dpo; do \
-		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_lr_$$method.yaml --launch "$(LAUNCH)" || exit 1; \
+	$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_lr.yaml --launch "$(LAUNCH)"
+	for method in ppo rloo grpo dpo; do \
+		rates='0.0001, 0.0003, 0.0006'; [ $$method = dpo ] && rates='0.0003, 0.001, 0.002'; \
+		$(BIN)/python scripts/sweep.py --config scripts/recipes/sweep_lr.yaml --launch "$(LAUNCH)" --method $$method \
+			--recipe scripts/recipes/$${method}_smollm2_cpu.yaml --grid "{\"learning_rate\": [$$rates]}" \
+			--output_dir outputs/tune_$$method || exit 1; \
 	done
 
 # The paper's sweeps of p_t and the temperature.

@@ -1,6 +1,6 @@
 """Best-of-n: sample n responses, answer with the one that the reward likes best (Stiennon et al. 2020, 2009.01325).
 
-The strongest baseline per response and the dearest: n times the LM's forwards at every prompt, for ever.
+The strongest baseline per response and the most expensive: every answer takes n times the LM's forwards.
 """
 
 import copy
@@ -21,16 +21,16 @@ from baselines.policy import (
     prompt_batches,
     score,
 )
-from baselines.sft import SFTPolicy
-from trl_proxy.caches import prefill
+from baselines.sft import GreedyPolicy
+from trl_proxy.decoding.prefix_cache import prefill
 
 
 @dataclass(frozen=True)
 class Samples:
     """`n` samples of every prompt, sample by sample (the outer list is over samples, the inner one over prompts).
 
-    `seconds` is a sample's decoding and scoring time over all prompts, so that the first k of n samples also say what
-    best-of-k would have cost; the prompts are read once, in the first sample's time.
+    `seconds` is a sample's decoding and scoring time over all prompts; the first k add up to the time of best-of-k.
+    The prompts are read once, in the first sample's time.
     """
 
     texts: list[list[str]]
@@ -40,7 +40,7 @@ class Samples:
 
 
 def best_of(samples: Samples, n: int) -> Completions:
-    """The best of each prompt's first `n` samples, the earlier one where two are equal.
+    """The best of each prompt's first `n` samples, the earlier one if two are equal.
 
     Raises:
         ValueError: if fewer than `n` samples were drawn.
@@ -57,7 +57,7 @@ def best_of(samples: Samples, n: int) -> Completions:
     )
 
 
-class BestOfNPolicy(SFTPolicy):
+class BestOfNPolicy(GreedyPolicy):
     """The reward's choice among `n` samples of the LM's full distribution.
 
     Args:
@@ -111,7 +111,7 @@ class BestOfNPolicy(SFTPolicy):
                 )
                 sampled[k].append((indices, token_ids))
                 start, spent = time.perf_counter(), time.perf_counter() - start
-                seconds[k] += spent  # the prompt's reading is the first sample's
+                seconds[k] += spent  # the first sample's include reading the prompts
                 bar.update()
         bar.close()
         samples = Samples([], [], [], [])
@@ -128,8 +128,3 @@ class BestOfNPolicy(SFTPolicy):
     def complete(self, prompts: Prompts) -> Completions:
         """The best of `n` samples of every prompt."""
         return best_of(self.sample(prompts), self.n)
-
-
-def train(model, tokenizer, reward, **kwargs) -> BestOfNPolicy:
-    """Nothing to train; arguments as [`BestOfNPolicy`]."""
-    return BestOfNPolicy(model, tokenizer, reward, **kwargs)

@@ -1,7 +1,8 @@
 """DPO: direct preference optimisation of the language model itself (Rafailov et al. 2023, arXiv 2305.18290), by TRL.
 
-Its pairs come from a dataset, or from the LM itself: several samples of every prompt, ranked by the same reward that
-the other methods train on, the best against the worst. The latter is the fair comparison: the same information.
+Its pairs come from a dataset or from the LM itself. For the latter, the reward that the other methods train on ranks
+several samples of every prompt, and the best and the worst make a pair. This is the fair comparison: every method gets
+the same information.
 """
 
 import json
@@ -21,23 +22,23 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 
 from baselines.best_of_n import BestOfNPolicy
-from baselines.reward_model import load_callable_reward
 from baselines.training import LoraModelConfig
-from trl_proxy.checkpoints import AtomicCheckpoints
-from trl_proxy.config import RewardTimeout
-from trl_proxy.defaults import load_prompts
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.files import write_text
-from trl_proxy.guards import GuardedReward, RewardError
-from trl_proxy.rewards import to_text
-from trl_proxy.runs import RunArguments, begin, fit, load_policy, reward_names, to_device
+from trl_proxy.loading import load_callable_reward, load_prompts
+from trl_proxy.prompts import to_text
+from trl_proxy.runs.arguments import RunArguments, load_policy, reward_names, to_device
+from trl_proxy.runs.fit import fit, prepare_run
+from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
+from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.reward_guards import GuardedReward, RewardError
 
 PAIRS_FILE = "pairs.json"
 
 
 @dataclass
-class DPOArguments(RewardTimeout, RunArguments):
-    """Where DPO's preference pairs come from."""
+class DPOArguments(RewardTimeoutConfig, RunArguments):
+    """The source of DPO's preference pairs."""
 
     pairs: Literal["sampled", "dataset"] = field(
         default="sampled",
@@ -63,8 +64,8 @@ class DeviceDPOConfig(DeviceDefaults, DPOConfig):
 CONFIGS = (DPOArguments, DeviceDPOConfig, LoraModelConfig)
 
 
-class AtomicDPOTrainer(AtomicCheckpoints, DPOTrainer):
-    """[`~trl.DPOTrainer`] with checkpoints in one step."""
+class AtomicDPOTrainer(AtomicCheckpointMixin, DPOTrainer):
+    """[`~trl.DPOTrainer`] with atomic checkpoints."""
 
 
 def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraModelConfig) -> DPOTrainer:
@@ -73,7 +74,7 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     Returns:
         the trainer; its `model` is trained, and saved in the output folder.
     """
-    run, checkpoint = begin("dpo", run_args, training_args, model_args)
+    run, checkpoint = prepare_run("dpo", run_args, training_args, model_args)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
     seconds = 0.0
     if run_args.pairs == "dataset":
@@ -93,7 +94,7 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
 
 
 def check_pairs(dataset: Dataset, name: str) -> Dataset:
-    """The three columns of preference data; `ValueError` where one is missing, or a pair prefers nothing."""
+    """The three columns of preference data; `ValueError` if one is missing, or a pair prefers nothing."""
     columns = ("prompt", "chosen", "rejected")
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise ValueError(f"The dataset {name} has no column {', '.join(missing)}: DPO needs {', '.join(columns)}.")
@@ -107,7 +108,7 @@ def check_pairs(dataset: Dataset, name: str) -> Dataset:
 
 
 class WeightedReward:
-    """Several rewards as one, their weighted sum; None of one of them means that it does not apply."""
+    """The weighted sum of several rewards; a reward that returns None does not apply."""
 
     __name__ = "weighted reward"
 
@@ -128,7 +129,7 @@ class WeightedReward:
 
 
 def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig) -> tuple[Dataset, float]:
-    """The pairs in the output folder, made first where they are not there; and the seconds that making them took."""
+    """The pairs in the output folder, made first if needed, and the seconds that making them took."""
     state = PartialState()
     path = os.path.join(training_args.output_dir, PAIRS_FILE)
     made_with = {
@@ -192,7 +193,7 @@ def sample_pairs(
     max_new_tokens: int,
     seed: int,
 ) -> list[dict]:
-    """The best of several samples of each prompt against the worst; no pair where the reward prefers none, or both are
+    """The best of several samples of each prompt against the worst; no pair if the reward prefers none, or both are
     the same text."""
     columns = {name: prompts[name][:] for name in prompts.column_names if name != "prompt"}
     conversations = prompts["prompt"][:]

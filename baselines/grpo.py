@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from trl import GRPOConfig, GRPOTrainer
 
 from baselines.training import LoraModelConfig, train_on_reward
-from trl_proxy.config import RewardTimeout
 from trl_proxy.devices import DeviceDefaults
-from trl_proxy.guards import GuardedRewards
-from trl_proxy.runs import RunArguments
+from trl_proxy.runs.arguments import RunArguments
+from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 
 @dataclass
-class GuardedGRPOConfig(RewardTimeout, DeviceDefaults, GRPOConfig):
+class GuardedGRPOConfig(RewardTimeoutConfig, DeviceDefaults, GRPOConfig):
     """[`~trl.GRPOConfig`] with a limit on the reward functions' time, and this machine's defaults."""
 
 
 CONFIGS = (RunArguments, GuardedGRPOConfig, LoraModelConfig)
 
 
-class GuardedGRPOTrainer(GuardedRewards, GRPOTrainer):
-    """[`~trl.GRPOTrainer`] with checkpoints in one step, one of them where a reward fails."""
+class GuardedGRPOTrainer(RewardGuardMixin, GRPOTrainer):
+    """[`~trl.GRPOTrainer`] with atomic checkpoints, one of them when a reward fails."""
 
 
 def train(run_args: RunArguments, training_args: GuardedGRPOConfig, model_args: LoraModelConfig) -> GRPOTrainer:

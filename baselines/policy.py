@@ -1,12 +1,13 @@
 """The contract of every compared method, and the one decoding path that all of them share.
 
-A module of this package has `train(...) -> policy`, and a policy has `complete(prompts) -> Completions`. All of them
-decode through `generate_batches`: the same prompts give the same batches whatever the method, because bfloat16 results
-depend on who shares a batch, by more than some methods differ.
+A policy has `complete(prompts) -> Completions` and `parameters_report()`. `sft.py`, `best_of_n.py` and `proxy.py` have
+one each. `ppo.py`, `rloo.py`, `grpo.py` and `dpo.py` train the LM. Each has `CONFIGS` and
+`train(run_args, training_args, model_args) -> trainer`, and `training.load_trained` makes a policy of its folder.
+
+All policies decode through `generate_batches`: the same prompts give the same batches for every method. In bfloat16 a
+result depends on the rest of its batch, by more than some methods differ.
 """
 
-import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,14 +16,12 @@ import torch
 from tqdm.auto import tqdm
 from trl import is_conversational
 
-from trl_proxy.actor_critic import check_chat_template
-from trl_proxy.rewards import check_rewards, length_buckets
-from trl_proxy.rollout import trace, trace_texts
+from trl_proxy.prompts import check_chat_template, length_buckets
+from trl_proxy.rewards.checks import check_rewards
 
 # For `logits_to_keep`: the last position by its index. For the slice that `generate` takes by itself, torch on a CPU
 # copies the weights of the head once per row of the batch.
 LAST_POSITION = torch.tensor([-1])
-
 Prompts = list  # of strings, or of conversations: lists of {"role": ..., "content": ...}
 
 
@@ -32,13 +31,13 @@ class Completions:
 
     Attributes:
         texts: one response per prompt, without special tokens.
-        token_ids: its tokens, the EOS included where it was written.
+        token_ids: its tokens, the EOS included if it was written.
         seconds: wall-clock time of everything the method needed (encoding, decoding, for best-of-n also scoring).
         lm_forwards: forwards of the LM, counted per row and while the row was unfinished: n tokens of plain decoding
             are n, whatever the batch. For best-of-n those of all samples.
         stats: what only some methods have: `reject_rate`, `accepted_rank_mean`.
         trace: of a proxy, for every token of every response its text and the texts that were rejected before it, as
-            [`~trl_proxy.rollout.trace_texts`] gives them.
+            [`~trl_proxy.decoding.trace.trace_texts`] gives them.
         reward_calls: responses that a reward scored for the method to answer: n per prompt for best-of-n.
     """
 
@@ -64,7 +63,7 @@ class Policy(Protocol):
 
 def encode_prompts(prompts: Prompts, tokenizer) -> list[list[int]]:
     """Token ids of every prompt, unpadded, exactly as TRL's trainers encode them: conversations through the chat
-    template with the generation prompt, strings as they are. `ValueError` where the tokenizer has no template."""
+    template with the generation prompt, strings as they are. `ValueError` if the tokenizer has no template."""
     check_chat_template(prompts[0], tokenizer)
     if is_conversational({"prompt": prompts[0]}):
         return tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -79,7 +78,7 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 def pad_id(model, tokenizer) -> int:
-    """Id that fills up a batch: an id that ends a response where the tokenizer has none of its own."""
+    """Id that fills up a batch: the tokenizer's, or an id that ends a response if it has none."""
     return stop_ids(model, tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -158,58 +157,3 @@ def score(reward, prompts: Prompts, texts: list[str], **columns) -> list[float]:
     completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
     rewards = reward(prompts=prompts, completions=completions, **columns)
     return check_rewards(rewards, len(prompts), prompts, reward.__name__)
-
-
-class ProxyPolicy:
-    """A trained proxy over its frozen LM.
-
-    Args:
-        model: a [`~trl_proxy.ProxyModelForCausalLM`].
-        gate_sample: draw the decisions instead of taking the likelier one. Greedy decisions are the paper's test time.
-        seed: of the drawn decisions.
-    """
-
-    def __init__(
-        self, model, tokenizer, *, batch_size: int, max_new_tokens: int, gate_sample: bool = False, seed: int = 0
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.gate_sample, self.seed = gate_sample, seed
-
-    def parameters_report(self) -> dict[str, int]:
-        """Numbers of the gate's and the critic's parameters, and of all with the LM's."""
-        trainable, total = self.model.get_nb_trainable_parameters()
-        return {"trainable_parameters": trainable, "total_parameters": total}
-
-    def complete(self, prompts: Prompts) -> Completions:
-        """Gated responses; `stats` has `reject_rate` (of the proposals that were decided, the share rejected) and
-        `accepted_rank_mean` (rejections before the accepted token, per token)."""
-        torch.manual_seed(self.seed)
-        start = time.perf_counter()
-        batches, rollouts, totals = [], [], Counter()
-        for indices, token_ids, output in generate_batches(
-            self.model,
-            self.tokenizer,
-            prompts,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-            desc="proxy",
-            do_sample=False,
-            gate_sample=self.gate_sample,
-            output_rollout=True,
-        ):
-            batches.append((indices, token_ids))
-            # What the gate read is not needed here, and large.
-            rollouts.append((indices, output.rollout._replace(hidden=None)))
-            totals.update({name: int(per_row.sum()) for name, per_row in output.decisions._asdict().items()})
-        token_ids = in_order(batches)
-        texts = decode_texts(self.tokenizer, token_ids)
-        decided = totals["proposals"] - totals["forced"]
-        stats = {
-            "reject_rate": totals["rank_sum"] / decided if decided else None,
-            "accepted_rank_mean": totals["rank_sum"] / totals["tokens"],
-        }
-        seconds = time.perf_counter() - start
-        traced = [(indices, trace(rollout, [token_ids[i] for i in indices])) for indices, rollout in rollouts]
-        texts_of_traces = [trace_texts(response, self.tokenizer) for response in in_order(traced)]
-        return Completions(texts, token_ids, seconds, totals["lm_forwards"], stats, texts_of_traces)

@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from trl import RLOOConfig, RLOOTrainer
 
 from baselines.training import LoraModelConfig, train_on_reward
-from trl_proxy.config import RewardTimeout
 from trl_proxy.devices import DeviceDefaults
-from trl_proxy.guards import GuardedRewards
-from trl_proxy.runs import RunArguments
+from trl_proxy.runs.arguments import RunArguments
+from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 
 @dataclass
-class GuardedRLOOConfig(RewardTimeout, DeviceDefaults, RLOOConfig):
+class GuardedRLOOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
     """[`~trl.RLOOConfig`] with a limit on the reward functions' time, and this machine's defaults."""
 
 
 CONFIGS = (RunArguments, GuardedRLOOConfig, LoraModelConfig)
 
 
-class GuardedRLOOTrainer(GuardedRewards, RLOOTrainer):
-    """[`~trl.RLOOTrainer`] with checkpoints in one step, one of them where a reward fails."""
+class GuardedRLOOTrainer(RewardGuardMixin, RLOOTrainer):
+    """[`~trl.RLOOTrainer`] with atomic checkpoints, one of them when a reward fails."""
 
 
 def train(run_args: RunArguments, training_args: GuardedRLOOConfig, model_args: LoraModelConfig) -> RLOOTrainer:

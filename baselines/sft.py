@@ -1,15 +1,15 @@
-"""The supervised fine-tuned model itself, decoded greedily: what every other method is compared with."""
+"""SFT, the plain LM decoded greedily: what every method is compared with. Nothing is fine-tuned here."""
 
 import time
 
 from baselines.policy import LAST_POSITION, Completions, Prompts, decode_texts, generate_batches, in_order
 
 
-class SFTPolicy:
+class GreedyPolicy:
     """Greedy decoding of a causal LM.
 
     Args:
-        model: the plain LM. Where a proxy wraps it, this object is still the wrapped LM itself, so the responses are
+        model: the plain LM. If a proxy wraps it, this object is still the wrapped LM itself, so the responses are
             those of `with proxy_model.disable_proxy()`.
     """
 
@@ -40,8 +40,3 @@ class SFTPolicy:
         token_ids = in_order(batches)
         texts = decode_texts(self.tokenizer, token_ids)
         return Completions(texts, token_ids, time.perf_counter() - start, sum(map(len, token_ids)))
-
-
-def train(model, tokenizer, *, batch_size: int, max_new_tokens: int) -> SFTPolicy:
-    """Nothing to train: the LM comes fine-tuned."""
-    return SFTPolicy(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)

@@ -8,12 +8,18 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
 
-from baselines.sft import SFTPolicy
-from trl_proxy.actor_critic import check_chat_template
-from trl_proxy.runs import RunArguments, begin, fit, load_datasets, load_policy, load_rewards
-from trl_proxy.taps import HiddenTap
+from baselines.sft import GreedyPolicy
+from trl_proxy.decoding.hidden_states import HiddenStateHook
+from trl_proxy.prompts import check_chat_template
+from trl_proxy.runs.arguments import RunArguments, load_datasets, load_policy, load_rewards
+from trl_proxy.runs.fit import fit, prepare_run
 
-BASELINES = ("rlhf", "rloo", "grpo", "dpo")  # modules of this package with `CONFIGS` and `train`
+BASELINES = ("ppo", "rloo", "grpo", "dpo")  # modules of this package with `CONFIGS` and `train`
+
+
+def method_of(name: str) -> str:
+    """The method that a name means: `rlhf` is the former name of `ppo`."""
+    return "ppo" if name == "rlhf" else name
 
 
 @dataclass
@@ -32,7 +38,7 @@ def train_on_reward(method: str, trainer_class, run_args: RunArguments, training
     Returns:
         the trainer; its `model` is trained, and saved in the output folder.
     """
-    run, checkpoint = begin(method, run_args, training_args, model_args)
+    run, checkpoint = prepare_run(method, run_args, training_args, model_args)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
@@ -48,12 +54,12 @@ def train_on_reward(method: str, trainer_class, run_args: RunArguments, training
     )
     # The head gets a contiguous tensor: for the slice that TRL's trainers ask for, torch on a CPU copies its weights
     # once per row of the batch.
-    with HiddenTap(lm, layers=()):
+    with HiddenStateHook(lm, layers=()):
         fit(trainer, run, run_args, checkpoint)
     return trainer
 
 
-class TunedPolicy(SFTPolicy):
+class TunedPolicy(GreedyPolicy):
     """Greedy decoding of a trained LM.
 
     Attributes:
@@ -90,7 +96,7 @@ class WithoutAdapter:
 
 def load_trained(folder: str | os.PathLike, lm, tokenizer, *, batch_size: int, max_new_tokens: int) -> TunedPolicy:
     """The policy that a baseline's output folder holds, decoded greedily: a LoRA adapter is put on `lm`, and a whole
-    model is loaded beside it.
+    model is loaded next to it.
 
     Raises:
         ValueError: if there is no model in the folder, or it was made for another LM.

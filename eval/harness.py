@@ -1,189 +1,24 @@
 """Evaluates one policy into one JSON record; tables, plots and reports are drawn from the records alone.
 
-The record's keys are the contract of docs and design: they stand in one dataclass, [`Record`], so none can be absent.
-A key that does not apply is null.
+The record's keys are a contract: one dataclass, [`Record`], holds them all, so none can be absent. A key that does not
+apply is null.
 """
 
-import hashlib
-import json
 import math
 import os
-import platform
-import re
 import shlex
-import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 from datasets import Dataset
 
 from baselines.policy import Completions, Policy, encode_prompts, score
 from eval.likelihood import likelihood
+from eval.records import Record, Run, git_commit, package_versions, prompts_sha256
 from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
-from trl_proxy.files import write_text
-from trl_proxy.rewards import to_text
-from trl_proxy.runs import installed_version
-
-# The keys of a record that have an entry for every prompt
-PER_PROMPT = ("rewards", "responses", "prompts", "gold_rewards", "kinds", "trace")
-PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes", "trl-proxy")
-
-
-@dataclass(kw_only=True)
-class Run:
-    """What is evaluated: the part of a record that the caller knows.
-
-    `settings` are the choices beyond the contract's keys that change the result (batch size, temperature, hashes of
-    weights, ...): a record counts as done only for equal ones.
-    """
-
-    method: str  # sft, proxy, best_of_n, dpo, rlhf, ...
-    variant: str | None = None  # "candidate", "n=32", "lora_r=16", ...
-    seed: int
-    model: str
-    reward_model: str
-    gold_reward_model: str | None = None
-    dataset: str  # with its revision or sha256
-    max_new_tokens: int
-    trainable_parameters: int | None = None
-    total_parameters: int | None = None
-    adapter_bytes: int | None = None
-    episodes: int | None = None
-    train_seconds: float | None = None
-    train_peak_memory_mb: float | None = None
-    settings: dict = field(default_factory=dict)
-    started_at: str = ""  # ISO 8601; the time of building this object by default
-
-    def __post_init__(self):
-        self.started_at = self.started_at or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-    def path(self, output_dir: str | os.PathLike) -> Path:
-        """`<output_dir>/records/<method>-seed<k>.json`, the variant after the method where there is one."""
-        variant = "" if self.variant is None else "-" + re.sub(r"[^\w.=]+", "_", self.variant)
-        return Path(output_dir) / "records" / f"{self.method}{variant}-seed{self.seed}.json"
-
-
-@dataclass(kw_only=True)
-class Record(Run):
-    """Everything that an evaluation writes. Intervals are `[low, high]` at 95 %; deltas are paired by prompt.
-
-    None of these fields has a default, so forgetting one fails at once.
-    """
-
-    n_prompts: int
-    reward_mean: float
-    reward_ci95: list[float] | None
-    delta_vs_sft: float | None
-    delta_ci95: list[float] | None
-    gold_reward_mean: float | None  # of a reward that no method trains on
-    gold_reward_ci95: list[float] | None
-    gold_delta_vs_sft: float | None
-    gold_delta_ci95: list[float] | None
-    win_rate_vs_sft: float | None  # a tie counts half
-    win_rate_ci95: list[float] | None
-    tie_rate: float | None
-    judge: str | None  # who decides which of two responses wins
-    by_kind: dict[str, dict]
-    lm_logprob_per_token: float | None  # nats, under the frozen LM
-    kl_to_lm: float | None  # nats per token, of the policy with sampled decisions, over the responses' positions
-    response_tokens_mean: float
-    distinct_2: float | None
-    lm_forwards_per_token: float | None
-    lm_tokens_per_response: float | None  # what an answer costs: tokens that went through the LM ...
-    reward_calls_per_response: float | None  # ... and responses that a reward scored
-    tokens_per_second: float
-    tokens_per_second_sft: float | None  # of the same run: a ratio across runs says nothing on a busy machine
-    reject_rate: float | None
-    accepted_rank_mean: float | None
-    rewards: list[float]
-    responses: list[str]
-    prompts_sha256: str
-    versions: dict[str, str]
-    git_commit: str | None
-    command: str
-    # Beyond the contract: what pairing by prompt, plots and samples need, and a sign of collapse
-    refusal_rate: float
-    top_4gram_share: float | None
-    gold_rewards: list[float] | None
-    kinds: list[str] | None
-    prompts: list[str]
-    trace: list | None  # of every token of every response: its text, and the texts that were rejected before it
-
-    def write(self, output_dir: str | os.PathLike) -> Path:
-        """Writes the record and returns its path."""
-        path = self.path(output_dir)
-        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False))
-        return path
-
-
-def read_record(path: str | os.PathLike) -> dict:
-    """One record file.
-
-    Raises:
-        ValueError: if it is damaged or lacks a key of the contract.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # half a file, or no UTF-8
-        raise ValueError(f"{path} is no whole JSON file ({error}): delete it and evaluate again.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is no record but a JSON {type(record).__name__}: delete it and evaluate again.")
-    for name in ("trace", "lm_tokens_per_response", "reward_calls_per_response"):
-        record.setdefault(name, None)  # records had none once, and can do without
-    if missing := Record.__dataclass_fields__.keys() - record.keys():
-        raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
-    for name in PER_PROMPT:
-        values, expected = record[name], record["n_prompts"]
-        if values is not None and len(values) != expected:
-            raise ValueError(f"{path} has {len(values)} {name} for {expected} prompts: delete it and evaluate again.")
-    return record
-
-
-def read_records(output_dir: str | os.PathLike) -> list[dict]:
-    """All records under an output folder, by file name.
-
-    Raises:
-        ValueError: if there are none, or one is damaged or lacks a key of the contract.
-    """
-    paths = sorted((Path(output_dir) / "records").glob("*.json"))
-    if not paths:
-        raise ValueError(f"no records under {Path(output_dir) / 'records'}: run scripts/compare.py first.")
-    return [read_record(path) for path in paths]
-
-
-def write_summaries(output_dir: str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
-    """Writes the records of `output_dir` to `folder`, by the same names, without what they say of single prompts."""
-    paths = []
-    for path in sorted((Path(output_dir) / "records").glob("*.json")):
-        summary = {key: value for key, value in read_record(path).items() if key not in PER_PROMPT}
-        paths.append(Path(folder) / path.name)
-        write_text(paths[-1], json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return paths
-
-
-def prompts_sha256(prompts: list) -> str:
-    """Hash of the prompts, in order, plain or conversational."""
-    return hashlib.sha256(json.dumps(prompts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Python's and the installed packages' versions."""
-    installed = {name: version for name in PACKAGES if (version := installed_version(name))}
-    return {"python": platform.python_version(), **installed}
-
-
-def git_commit() -> str | None:
-    """Commit of this checkout, `-dirty` where tracked files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
+from trl_proxy.prompts import to_text
 
 
 def summarise(rewards, gold_rewards, texts, baseline) -> dict:
@@ -204,8 +39,8 @@ def summarise(rewards, gold_rewards, texts, baseline) -> dict:
 
 
 def _settle_ties(values: list[float] | None, texts: list[str], baseline: dict, name: str) -> list[float] | None:
-    """The scores, those of SFT's own responses being SFT's where only rounding parts them: who shares a batch moves a
-    score by about 1e-6, which would decide a tie."""
+    """The scores, with SFT's score for a response equal to SFT's if the two differ only by rounding. The batch changes
+    a score by about 1e-6, which would decide a tie."""
     if values is None or baseline[name] is None:
         return values
     rows = zip(values, texts, baseline[name], baseline["responses"], strict=True)
@@ -244,8 +79,8 @@ def evaluate_completions(
         lm, tokenizer: the frozen LM that judges how likely the responses are.
         run: what the caller knows of the method.
         baseline_record: the SFT record over the same prompts; None for SFT itself.
-        tokens_per_second_sft: SFT's speed in the same run; None where it was not measured, and for SFT itself.
-        policy_lm: the causal LM whose next-token distribution the policy follows, for `kl_to_lm`; None where there is
+        tokens_per_second_sft: SFT's speed in the same run; None if it was not measured, and for SFT itself.
+        policy_lm: the causal LM whose next-token distribution the policy follows, for `kl_to_lm`; None if there is
             none (best-of-n, candidate features).
         judge: who decided the wins; the reward by default.
         batch_size: rows per forward of the likelihood.
@@ -324,7 +159,7 @@ def evaluate_completions(
 
 
 def evaluate_policy(policy: Policy, prompts: Dataset, reward, gold_reward, lm, tokenizer, **kwargs) -> dict:
-    """Lets the policy answer the prompts, scores the answers and writes the record; arguments and result as
+    """Lets the policy answer the prompts, scores the answers and writes the record; arguments and result as in
     [`evaluate_completions`]."""
     completions = policy.complete(prompts["prompt"][:])
     return evaluate_completions(completions, prompts, reward, gold_reward, lm, tokenizer, **kwargs)

@@ -1,7 +1,7 @@
-"""The win rate that would be seen if both responses of a pair were equally long: judges like length for its own sake.
+"""The win rate if both responses of a pair were equally long: judges like length for its own sake.
 
 The regression of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) with its length term alone: the other
-two need the difficulty of every instruction, learnt from many models' verdicts, and a second method in the fit.
+two need the difficulty of every instruction, learned from many models' verdicts, and a second method in the fit.
 """
 
 import warnings
@@ -18,8 +18,8 @@ from eval.stats import Interval, paired_delta
 
 
 class LengthControlledWinRate(NamedTuple):
-    """`rate`: the win rate at equal length; `ci95`: its interval; `length_effect`: what length does to a win, log-odds
-    per unit of `tanh(difference / standard deviation of the differences)`, above 0 where the longer response wins."""
+    """`rate`: the win rate at equal length; `ci95`: its interval; `length_effect`: log-odds of a win per unit of
+    `tanh(difference / standard deviation of the differences)`, above 0 if the longer response wins."""
 
     rate: float
     ci95: Interval
@@ -27,15 +27,14 @@ class LengthControlledWinRate(NamedTuple):
 
 
 def length_controlled_win_rate(wins, lengths, baseline_lengths) -> LengthControlledWinRate | None:
-    """Logistic regression of the wins on the difference in length, read off at a difference of zero.
+    """Logistic regression of the wins on the difference in length, evaluated at a difference of zero.
 
     `P(win) = sigmoid(a + b * tanh(difference / sd))`, and the rate is `sigmoid(a)`. The interval is Wald's for `a`,
     carried over to the rate. It treats a tie as a coin flip, as the Wilson interval of `win_rate` does.
 
-    The fit has two further ties, spread evenly over the pairs. They keep it finite whatever the data: a policy that
-    wins every pair, or exactly those where it is longer, has no maximum of the likelihood. The price is a pull of the
-    rate towards 1/2, of 2 / (n + 2) at most of the way. With few pairs, or where one side is longer in almost all of
-    them, little is known about equal length, and the interval is wide: it says so by itself.
+    Two extra ties, spread evenly over the pairs, keep the fit finite. Without them the likelihood has no maximum if a
+    policy wins every pair, or exactly the pairs in which it is longer. They pull the rate towards 1/2, by at most
+    2 / (n + 2) of the way. The interval is wide with few pairs, or if one side is longer in almost all of them.
 
     Args:
         wins: 1 for a win, 0.5 for a tie, 0 for a loss, or a judge's probability of a win; shape (n,).
@@ -43,9 +42,9 @@ def length_controlled_win_rate(wins, lengths, baseline_lengths) -> LengthControl
             words); shape (n,).
 
     Returns:
-        the rate with its interval. None for fewer than three pairs (the regression has two parameters), and where all
-        pairs differ by one and the same length, which nothing tells apart from quality. Equal lengths everywhere leave
-        nothing to control for: the win rate itself, but for the two ties.
+        the rate with its interval. None for fewer than three pairs (the regression has two parameters), or if all
+        pairs differ by the same length, which cannot be told apart from quality. If all lengths are equal, the win
+        rate itself, but for the two ties.
 
     Raises:
         ValueError: if the lists are not of one length, a number is not finite, or a win is not between 0 and 1.
@@ -59,7 +58,7 @@ def length_controlled_win_rate(wins, lengths, baseline_lengths) -> LengthControl
         raise ValueError(f"wins must lie between 0 and 1, got {wins[~valid][0]}: make them with win_scores.")
     if n < 3 or (np.ptp(differences) == 0 and differences[0] != 0):
         return None
-    # Divided by the spread but not centred, as in AlpacaEval's code: zero must go on to mean equal lengths.
+    # Divided by the spread but not centred, as in AlpacaEval's code: zero must still mean equal lengths.
     scale = differences.std(ddof=1) or 1.0
     design = np.column_stack([np.ones(n), np.tanh(differences / scale)])
     if not differences.any():
@@ -67,7 +66,7 @@ def length_controlled_win_rate(wins, lengths, baseline_lengths) -> LengthControl
     extra = 2 / n  # ties per pair
     model = GLM((wins + extra / 2) / (1 + extra), design, family=Binomial(), freq_weights=np.full(n, 1 + extra))
     with warnings.catch_warnings():
-        # It takes any fit that meets every observation for a separation; with the ties there is none.
+        # statsmodels warns of a separation if a fit meets every observation; the ties rule one out.
         warnings.simplefilter("ignore", PerfectSeparationWarning)
         result = model.fit()
     half_width = norm.ppf(0.975) * result.bse[0]

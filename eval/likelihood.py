@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from trl_proxy.modeling import ProxyModelForCausalLM
-from trl_proxy.rewards import length_buckets
+from trl_proxy.modeling.causal_lm import ProxyModelForCausalLM
+from trl_proxy.prompts import length_buckets
 
 
 def _teacher_forced(
@@ -34,9 +34,9 @@ def _teacher_forced(
 def _response_logprobs(
     model, inputs: dict, is_response: torch.Tensor, names: tuple[str, ...] = ("logits",), **options
 ) -> list[torch.Tensor]:
-    """Log-softmax `(response tokens, vocab)`, in float32, of those of the model's outputs, that predict the response's
-    tokens. Position t predicts token t + 1; no logits are made before the first position of a response in any row,
-    because the vocabulary is large."""
+    """Log-softmax `(response tokens, vocab)` of each named output, in float32, at the positions that predict the
+    response's tokens. Position t predicts token t + 1. No logits are computed before the first response token of any
+    row, because the vocabulary is large."""
     if not is_response.any():
         return [torch.zeros(0, model.config.get_text_config().vocab_size, device=is_response.device)] * len(names)
     first = int(is_response.any(0).int().argmax())
@@ -57,7 +57,7 @@ def likelihood(
     Args:
         lm: a causal LM, the frozen one.
         prompt_ids: token ids of the prompts, n lists.
-        response_ids: token ids of the responses, the EOS included where it was written, n lists.
+        response_ids: token ids of the responses, the EOS included if it was written, n lists.
         policy_lm: the causal LM that wrote them, e.g. a proxy with prefix features (its gated logits) or a fine-tuned
             LM; may be `lm` itself.
 

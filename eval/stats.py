@@ -50,7 +50,7 @@ def mean_ci(values, *, confidence: float = 0.95, n_resamples: int = 9999, seed: 
         seed: seed of the resampling, so that a record can be recomputed to the last digit.
 
     Returns:
-        `[low, high]`; `[v, v]` where all values are the same `v`; None for fewer than two values.
+        `[low, high]`; `[v, v]` if all values are the same `v`; None for fewer than two values.
 
     Raises:
         ValueError: if a value is not finite.
@@ -82,7 +82,7 @@ def ratio_ci(numerators, denominators, *, confidence: float = 0.95, seed: int = 
         confidence, seed: as `mean_ci`.
 
     Returns:
-        `[low, high]`; `[r, r]` where all ratios are the same `r`; None for fewer than two pairs.
+        `[low, high]`; `[r, r]` if all ratios are the same `r`; None for fewer than two pairs.
 
     Raises:
         ValueError: if a number is not finite.
@@ -117,13 +117,8 @@ def paired_delta(values, baseline) -> np.ndarray:
     return values - baseline
 
 
-def paired_delta_ci(values, baseline, **kwargs) -> Interval | None:
-    """Bootstrap interval of the mean difference, resampling the *pairs*; arguments as `mean_ci`."""
-    return mean_ci(paired_delta(values, baseline), **kwargs)
-
-
 def seeds_rate_ci(matrix, **kwargs) -> Interval | None:
-    """`seeds_mean_ci` of scores in [0, 1], cut to that range, which Student's t does not know."""
+    """`seeds_mean_ci` of scores in [0, 1], cut to that range because Student's t may leave it."""
     interval = seeds_mean_ci(matrix, **kwargs)
     return None if interval is None else np.clip(interval, 0, 1).tolist()
 
@@ -131,13 +126,13 @@ def seeds_rate_ci(matrix, **kwargs) -> Interval | None:
 def seeds_mean_ci(matrix, *, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> Interval | None:
     """Interval of the mean over training seeds *and* prompts, both of them samples.
 
-    Seed noise is as large as most differences between methods, so an interval over prompts alone would promise too
-    much. Two or three seeds show only roughly how large it is: hence Student's t. The standard errors over seeds and
-    over prompts are added in quadrature, with the degrees of freedom of Welch (1947) and Satterthwaite (1946): about
-    seeds - 1 where seeds differ more than prompts, many where prompts do. What is left beside seed and prompt counts
-    in both errors, which widens the interval where seeds hardly differ. In simulations it covered the truth in 91 to
-    97 % of the cases with three seeds, in 88 to 97 % with two. A bootstrap of both knows no t and resamples three
-    seeds to two thirds of their variance: it covered the truth in 76 % where the seeds' means differ most.
+    Seed noise is as large as most differences between methods, so an interval over prompts alone would be too narrow.
+    Two or three seeds estimate that noise only roughly, hence Student's t. The standard errors over seeds and over
+    prompts are added in quadrature, with the degrees of freedom of Welch (1947) and Satterthwaite (1946): about
+    seeds - 1 if seeds differ more than prompts, many if prompts do. The residual noise counts in both errors, which
+    widens the interval if seeds hardly differ. In simulations it covered the truth in 91 to 97 % of the cases with
+    three seeds, in 88 to 97 % with two. A bootstrap of both does not use t, and its resamples of three seeds have two
+    thirds of their variance: it covered the truth in 76 % when the seeds' means differed most.
 
     Args:
         matrix: one number per seed and prompt, shape (seeds, n). One seed, or one prompt, falls back to `mean_ci`.
@@ -145,7 +140,7 @@ def seeds_mean_ci(matrix, *, confidence: float = 0.95, n_resamples: int = 9999, 
         n_resamples, seed: of `mean_ci`.
 
     Returns:
-        `[low, high]`, which may leave the range of a bounded score; `[v, v]` where all numbers are the same `v`; None
+        `[low, high]`, which may leave the range of a bounded score; `[v, v]` if all numbers are the same `v`; None
         for a single number.
 
     Raises:
@@ -178,7 +173,7 @@ def rate_ci(successes: float, n: int, *, confidence: float = 0.95) -> Interval |
 
 
 def win_scores(values, baseline) -> np.ndarray:
-    """1 where the value is above its paired baseline, 0.5 for a tie, 0 below; shape (n,)."""
+    """1 if the value is above its paired baseline, 0.5 for a tie, 0 if it is below; shape (n,)."""
     return (np.sign(paired_delta(values, baseline)) + 1) / 2
 
 
@@ -186,7 +181,7 @@ def win_rate(values, baseline) -> WinRate | None:
     """Win rate against the paired baseline, a tie counting half.
 
     The Wilson interval takes the half wins as they are, which treats a tie as a coin flip: with many ties it is
-    wider than need be, never narrower. None for empty lists.
+    wider than necessary, never narrower. None for empty lists.
     """
     scores = win_scores(values, baseline)
     if len(scores) == 0:
@@ -201,7 +196,7 @@ def sign_test(values, baseline) -> float | None:
     and 1 (refused or not, ...) this is McNemar's exact test.
 
     Returns:
-        the p-value, 1 where all pairs are tied; None for empty lists.
+        the p-value, 1 if all pairs are tied; None for empty lists.
     """
     signs = np.sign(paired_delta(values, baseline))
     if len(signs) == 0:
@@ -213,10 +208,10 @@ def sign_test(values, baseline) -> float | None:
 def sampled_kl(policy_logprobs, lm_logprobs) -> SampledKL:
     """The policy's KL divergence from the LM, from responses that the policy sampled: the mean of log(policy / LM).
 
-    Unbiased per response, whatever the policy leaves out of the LM's distribution. The estimator that varies less,
-    `LM/policy - 1 - log(LM/policy)`, is not: it needs a policy that gives every token of the LM a chance, and a gate
-    gives most none. For greedy responses this is no divergence. Where both models are at hand, `eval.likelihood` is
-    exact at each position.
+    Unbiased per response, even if the policy excludes tokens of the LM. The estimator that varies less,
+    `LM/policy - 1 - log(LM/policy)`, is biased then: it needs a policy that gives every token of the LM a chance, and
+    a gate excludes most tokens. For greedy responses this is no divergence. If both models are at hand,
+    `eval.likelihood` is exact at each position.
 
     Args:
         policy_logprobs, lm_logprobs: per response a list of its tokens' log-probabilities, in nats, under the policy
@@ -249,16 +244,16 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 def distinct_n(texts: list[str], n: int = 2) -> float | None:
     """Distinct n-grams of lower-cased words over all n-grams, all texts together (Li et al. 2016, arXiv 1510.03055).
 
-    None where no text has n words. It falls as texts grow longer and more numerous: compare equal numbers of prompts.
+    None if no text has n words. It falls as texts grow longer and more numerous: compare equal numbers of prompts.
     """
     ngrams = [ngram for text in texts for ngram in _ngrams(text, n)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def top_ngram_share(texts: list[str], n: int = 4) -> float | None:
-    """Share of the texts that contain the n-gram found in the most texts: near 1 where a policy has one answer to all.
+    """Share of the texts that contain the n-gram found in the most texts: near 1 if a policy has one answer to all.
 
-    None where no text has n words.
+    None if no text has n words.
     """
     counts = Counter(ngram for text in texts for ngram in set(_ngrams(text, n)))
     return max(counts.values()) / len(texts) if counts else None

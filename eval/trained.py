@@ -5,14 +5,15 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.plots_training import TrainingLog, training_log
+from baselines.training import method_of
+from eval.training_logs import TrainingLog, training_log
 from trl_proxy import ProxyConfig
-from trl_proxy.config import CONFIG_NAME, FILLED_IN, WEIGHTS_NAME, proxy_file
-from trl_proxy.runs import RESULTS_FILE, RUN_FILE, read_json
+from trl_proxy.core.config import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME, proxy_file
+from trl_proxy.runs.resume import RESULTS_FILE, RUN_FILE, read_json
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """The folder (or hub repository) of something trained, and what its training left there."""
 
     method: str
@@ -30,16 +31,16 @@ class Trained:
 
 def describe(config: ProxyConfig) -> str:
     """A proxy's variant: its kind of features, and what differs from the default configuration."""
-    named, defaults = {"features", *FILLED_IN}, dataclasses.asdict(ProxyConfig())
+    named, defaults = {"features", *MODEL_FIELDS}, dataclasses.asdict(ProxyConfig())
     changed = {k: v for k, v in dataclasses.asdict(config).items() if k not in named and v != defaults[k]}
     return ", ".join([config.features, *(f"{name}={value}" for name, value in changed.items())])
 
 
-def read_proxy(name: str) -> Trained:
+def read_proxy(name: str) -> TrainedRun:
     """Reads a trained proxy's folder, without its weights.
 
     Args:
-        name: folder or hub repository, `:<seed>` after it where the folder has no run.json.
+        name: folder or hub repository, followed by `:<seed>` if the folder has no run.json.
 
     Raises:
         ValueError: if there is no proxy, or its training seed is not known.
@@ -48,7 +49,7 @@ def read_proxy(name: str) -> Trained:
     folder, seed = (folder, int(tail)) if folder and tail.isdigit() else (name, None)
     config = ProxyConfig.from_pretrained(folder)
     weights = Path(proxy_file(folder, WEIGHTS_NAME))
-    # scripts/train_proxy.py leaves its settings in the output folder, beside the proxy or above a checkpoint
+    # scripts/train_proxy.py leaves its settings in the output folder, next to the proxy or above a checkpoint
     run = next((read_json(p) for f in (".", "..") if (p := Path(folder, f, RUN_FILE)).is_file()), {})
     if seed is None:
         if "seed" not in run:
@@ -56,7 +57,7 @@ def read_proxy(name: str) -> Trained:
                 f"{folder} has no run.json of scripts/train_proxy.py: give its training seed, {folder}:0."
             )
         seed = run["seed"]
-    return Trained(
+    return TrainedRun(
         method="proxy",
         folder=folder,
         seed=seed,
@@ -71,8 +72,8 @@ def read_proxy(name: str) -> Trained:
     )
 
 
-def at_thresholds(one: Trained, thresholds: list[float]) -> list[Trained]:
-    """A proxy once more for every threshold that is not its own; nothing for what has none."""
+def at_thresholds(one: TrainedRun, thresholds: list[float]) -> list[TrainedRun]:
+    """A copy of a proxy for every threshold that is not its own; an empty list for a baseline."""
     if one.config is None:
         return []
     return [
@@ -85,11 +86,11 @@ def at_thresholds(one: Trained, thresholds: list[float]) -> list[Trained]:
     ]
 
 
-def read_baseline(folder: str) -> Trained:
+def read_baseline(folder: str) -> TrainedRun:
     """Reads the output folder of scripts/train_baseline.py, without its weights.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not such a folder, or holds no trained model.
     """
     run_file = Path(folder, RUN_FILE)
     if not run_file.is_file():
@@ -98,8 +99,8 @@ def read_baseline(folder: str) -> Trained:
     weights = min(Path(folder).glob("*model*.safetensors"), default=None)
     if weights is None:
         raise ValueError(f"{folder} holds no trained model yet: let scripts/train_baseline.py finish first.")
-    return Trained(
-        method=run["method"],
+    return TrainedRun(
+        method=method_of(run["method"]),
         folder=folder,
         seed=run["seed"],
         variant=f"lora_r={run['lora_r']}" if run["use_peft"] else "full",
@@ -110,8 +111,8 @@ def read_baseline(folder: str) -> Trained:
 
 
 def read_results(folder: str) -> dict:
-    """What a training script measured, of finished runs. What the proxy that a run began with had cost counts as well;
-    where that is not known, nothing is."""
+    """What a training script measured in a finished run. The costs of the proxy that the run began with are added; if
+    they are not known, neither are the totals."""
     results_file, run_file = Path(folder, RESULTS_FILE), Path(folder, RUN_FILE)
     results = read_json(results_file) if results_file.is_file() else {}
     has_log = bool(results) and Path(folder, "trainer_state.json").is_file()

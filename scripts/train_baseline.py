@@ -2,10 +2,10 @@
 
 On a bare machine (embedded LM, reward and prompts, 2 CPU cores):
 
-    accelerate launch scripts/train_baseline.py --method rlhf --config scripts/recipes/rlhf_smollm2_cpu.yaml
+    accelerate launch scripts/train_baseline.py --method ppo --config scripts/recipes/ppo_smollm2_cpu.yaml
 
-The flags are those of TRL's configurations: PPOConfig of this project (rlhf), DPOConfig, RLOOConfig or GRPOConfig, and
-its ModelConfig. `--help` after `--method` lists them. The same command again goes on where an interrupted run stopped.
+The flags are those of TRL's configurations: PPOConfig of this project (ppo), DPOConfig, RLOOConfig or GRPOConfig, and
+its ModelConfig. `--help` after `--method` lists them. The same command resumes an interrupted run.
 """
 
 import sys
@@ -18,10 +18,10 @@ import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
 
 import importlib
 
-from baselines.training import BASELINES
-from trl_proxy.guards import RewardError
-from trl_proxy.parsing import ScriptParser
-from trl_proxy.runs import run_script
+from baselines.training import BASELINES, method_of
+from trl_proxy.runs.parsing import ScriptParser
+from trl_proxy.runs.process import run_script
+from trl_proxy.trainer.reward_guards import RewardError
 
 
 def parse(arguments: list[str]):
@@ -30,7 +30,7 @@ def parse(arguments: list[str]):
     method = None
     if "--method" in arguments[:-1]:
         i = arguments.index("--method")
-        method = arguments[i + 1]
+        method = method_of(arguments[i + 1])
         del arguments[i : i + 2]
     if method not in BASELINES:
         raise ValueError(f"--method must be one of {', '.join(BASELINES)}, got {method}.")

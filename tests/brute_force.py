@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from trl_proxy.decoding import TREE_CANDIDATES
+from trl_proxy.decoding.candidate_loop import TREE_CANDIDATES
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Decision:
 
 @dataclass
 class Row:
-    """What happened in one row; the counts are those of `trl_proxy.decoding.Decisions`."""
+    """What happened in one row; the counts are those of `trl_proxy.core.rollout.Decisions`."""
 
     tokens: list[int] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
@@ -103,9 +103,9 @@ def decode(
 
     Args:
         logits_processor: `(ids (1, n), logits (1, vocab)) -> logits`; sees prompt and response without padding.
-        stop: `ids (n,) -> bool`, a stopping criterion beside the end-of-sequence tokens.
+        stop: `ids (n,) -> bool`, a stopping criterion besides the end-of-sequence tokens.
         replay: the decisions of every row in order, in place of greedy ones.
-        tree: count the LM's forwards as where `TREE_CANDIDATES` of a position are fed at once.
+        tree: count the LM's forwards as if `TREE_CANDIDATES` of a position were fed at once.
     """
     rows = []
     for i in range(len(input_ids)):

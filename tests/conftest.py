@@ -208,13 +208,13 @@ def _load(path: Path):
 
 @pytest.fixture(scope="session")
 def brute_force():
-    """The module `brute_force.py` beside this file (pytest's importlib mode has no imports between tests)."""
+    """The module `brute_force.py` next to this file (pytest's importlib mode has no imports between tests)."""
     return _load(Path(__file__).parent / "brute_force.py")
 
 
 @pytest.fixture(scope="session")
 def load_two_ranks():
-    """The module `two_ranks.py` beside this file."""
+    """The module `two_ranks.py` next to this file."""
     return _load(Path(__file__).parent / "two_ranks.py")
 
 

@@ -22,12 +22,12 @@ import threading
 # What the scripts import, at the top of their files and later.
 IMPORTED = (
     "baselines.best_of_n",
-    "baselines.reward_model",
+    "trl_proxy.rewards.classifier",
     "datasets.io.json",
-    "eval.plots",
-    "eval.plots_training",
+    "eval.plots.comparison",
+    "eval.plots.training",
     "transformers.models.llama.modeling_llama",
-    "trl_proxy.runs",
+    "trl_proxy.runs.train",
 )
 
 
@@ -37,11 +37,11 @@ class Script:
     Args:
         server: path of its socket.
         argv: the script and its arguments.
-        cwd, env: where and with what it runs.
+        cwd, env: its working folder and environment.
         outputs: file descriptors for its output and its errors.
 
     Attributes:
-        pid: of the process, the leader of a session of its own.
+        pid: of the process, the leader of its own session.
     """
 
     def __init__(self, server: str, argv: list[str], cwd: str, env: dict[str, str], outputs: tuple[int, int]):

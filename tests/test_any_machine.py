@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from trl_proxy.runs import find_file, launcher, one_sentence, run_command
+from trl_proxy.runs.process import find_file, launcher, one_sentence, run_command
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name != "launch.py")  # needs no project
+ALONE = ("launch.py", "minimal_proxy_rlhf.py")  # they import nothing of the project
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name not in ALONE)
 
 
 def run(command, cwd, **environment) -> subprocess.CompletedProcess:
@@ -84,7 +85,7 @@ def test_a_script_says_nothing_of_other_libraries(script, tmp_path):
 
 @pytest.mark.fault
 def test_a_console_without_the_characters(tmp_path):
-    program = "from trl_proxy.runs import run_script\nrun_script('name', lambda: print('Δ vs SFT 😀'))"
+    program = "from trl_proxy.runs.process import run_script\nrun_script('name', lambda: print('Δ vs SFT 😀'))"
     result = run(
         [sys.executable, "-c", program], tmp_path, PYTHONPATH=str(ROOT), PYTHONIOENCODING="latin-1", PYTHONUTF8="0"
     )
@@ -147,6 +148,6 @@ def test_a_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.fault
 def test_a_cache_of_the_hub_that_cannot_be_written(monkeypatch, tmp_path):
-    monkeypatch.setattr("trl_proxy.runs.HF_HOME", str(tmp_path))
+    monkeypatch.setattr("trl_proxy.runs.process.HF_HOME", str(tmp_path))
     error = PermissionError(13, "Permission denied", str(tmp_path / "datasets" / "json"))
     assert one_sentence(error).endswith("(Permission denied): set HF_HOME to a folder that can be written.")

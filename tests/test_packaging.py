@@ -1,7 +1,8 @@
-"""The package as users get it: an sdist, a wheel made from it, and that wheel where no checkout is."""
+"""The package as users get it: an sdist, a wheel made from it, and that wheel without a checkout."""
 
 import ast
 import email
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import trl_proxy
 
@@ -99,8 +102,8 @@ def test_the_changelog_has_this_version():
 
 
 def test_the_wheel_works_without_the_checkout(built, python_of, bare_python, tmp_path):
-    """In an environment of its own that sees this one's packages, but not the editable install: it trains the README's
-    proxy, and `python -m trl_proxy` answers."""
+    """In an environment that sees this one's packages, but not the editable install: it trains the README's proxy, and
+    `python -m trl_proxy` answers."""
     python = bare_python(tmp_path / "venv")
     call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=tmp_path)
     (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
@@ -108,7 +111,7 @@ def test_the_wheel_works_without_the_checkout(built, python_of, bare_python, tmp
     elsewhere.mkdir()
     script = elsewhere / "example.py"
     script.write_text(
-        f"{python_of('README.md')}\nimport runpy, trl_proxy\nfrom trl_proxy.defaults import load_prompts\n"
+        f"{python_of('README.md')}\nimport runpy, trl_proxy\nfrom trl_proxy.loading import load_prompts\n"
         'print("at", trl_proxy.__file__)\nprint(len(load_prompts()), "prompts")\n'
         'runpy.run_module("trl_proxy", run_name="__main__")\n'
     )
@@ -117,3 +120,28 @@ def test_the_wheel_works_without_the_checkout(built, python_of, bare_python, tmp
     assert f"trl-proxy {trl_proxy.__version__}" in printed
     assert any(line.endswith(" prompts") and int(line.split()[0]) > 100 for line in printed)
     assert (elsewhere / "short-proxy" / "proxy_model.safetensors").is_file()
+
+
+def test_the_command_of_an_installed_wheel_trains_and_answers(built, bare_python, tiny_lm, tiny_tokenizer, tmp_path):
+    """`trl-proxy train`, as a process and under `accelerate launch -m trl_proxy`, then `trl-proxy generate`."""
+    python = bare_python(tmp_path / "venv")
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=tmp_path)
+    command = python.parent / "trl-proxy"
+    tiny_lm("llama").save_pretrained(tmp_path / "lm")
+    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+    rows = [{"prompt": [{"role": "user", "content": f"{a}{b}"}]} for a in "abcd" for b in "wxyz"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(
+        "def short(completions, **kwargs):\n    return [-float(len(x[0]['content'])) for x in completions]\n"
+    )
+    settings = ["--model_name_or_path", "lm", "--dataset_name", "prompts.jsonl", "--reward_funcs", "my_rewards.short"]
+    settings += ["--max_completion_length", "6", "--max_steps", "4", "--report_to", "none"]
+    printed = call(command, "train", *settings, "--output_dir", "one", cwd=tmp_path)
+    assert printed.splitlines()[-1] == "Saved to one."
+    launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "trl_proxy", "train"]
+    call(*launch, *settings, "--output_dir", "two", cwd=tmp_path)
+    one, two = (load_file(tmp_path / name / "proxy_model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    asked = call(command, "generate", "--model_name_or_path", "lm", "--proxy", "one", "--trace", "ab", cwd=tmp_path)
+    assert "was rejected; the text after it was accepted in its place" in asked
+    assert re.search(r"\d+ tokens, \d+ proposals", asked)

@@ -31,7 +31,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def is_command(span: str) -> bool:
-    return re.match(r"(accelerate launch|\S*python|make|pip install)\s\S", span) is not None
+    return re.match(r"(accelerate launch|\S*python|make|pip install|trl-proxy)\s\S", span) is not None
 
 
 # Python
@@ -57,9 +57,10 @@ def parse(load_script, name: str, words: list[str]) -> None:
         script.parse(words)
     elif name == "sizing":
         script.make_parser().parse_args_and_config(words, fail_with_unknown_args=False)
-    elif name in ("benchmark", "sweep"):
-        kind = {"benchmark": "BenchmarkArguments", "sweep": "SweepArguments"}[name]
-        TrlParser((getattr(script, kind),)).parse_args_and_config(words)
+    elif name == "train_reward":
+        script.parser().parse_args_and_config(words)
+    elif name == "benchmark":
+        script.make_parser().parse_args_into_dataclasses(words)
     else:
         parser = script.make_parser()
         if isinstance(parser, TrlParser):
@@ -69,7 +70,7 @@ def parse(load_script, name: str, words: list[str]) -> None:
 
 
 def check(words: list[str], load_script) -> None:
-    """`AssertionError`, `SystemExit` or `ValueError` where a command would not be understood."""
+    """`AssertionError`, `SystemExit` or `ValueError` if a command would not be understood."""
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     program = words[0].removeprefix(".venv/bin/")
@@ -77,6 +78,15 @@ def check(words: list[str], load_script) -> None:
     if scripts:
         assert program == "python" or words[:2] == ["accelerate", "launch"], words
         parse(load_script, Path(words[scripts[0]]).stem, words[scripts[0] + 1 :])
+    elif words[:1] == ["trl-proxy"] or words[:4] == ["accelerate", "launch", "-m", "trl_proxy"]:
+        command, *rest = words[1:] if words[0] == "trl-proxy" else [*words[4:], "env"][:1] + words[5:]
+        rest = [word for word in rest if word != "..."]
+        if command == "train":
+            importlib.import_module("trl_proxy.runs.train").make_parser().parse_args_and_config(rest)
+        elif command == "generate" and rest:
+            importlib.import_module("trl_proxy.runs.ask").make_parser().parse_args(rest)
+        else:
+            assert command in ("env", "generate"), words
     elif program == "make":
         assert words[1:], words
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
@@ -119,7 +129,8 @@ def test_a_command_that_is_wrong_is_noticed(command, load_script, monkeypatch):
 
 def test_flags_in_running_text_exist():
     """Of any script: fields of its configurations, or arguments of its parser."""
-    sources = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "trl_proxy").glob("*.py")]
+    folders = ("scripts", "trl_proxy", "eval", "baselines")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     known = "\n".join(path.read_text() for path in sources)
     inherited = {"model_name_or_path", "load_in_4bit", "output_dir", "log_completions", "eval_strategy", "eval_steps"}
     inherited |= {"load_best_model_at_end", "metric_for_best_model", "use_cpu", "bf16", "multi_gpu", "num_processes"}
@@ -145,13 +156,25 @@ def test_the_file_tree_is_true():
             folder = name
         path = ROOT / name if name == folder else ROOT / folder / name
         assert path.exists(), path
-    for source in [
-        *(ROOT / "trl_proxy").glob("*.py"),
-        *(ROOT / "scripts").glob("*.py"),
-        *(ROOT / "eval").glob("*.py"),
-    ]:
-        if source.name != "__init__.py":
-            assert source.name in tree, source
+    for package in ("trl_proxy", "baselines", "eval", "scripts", "tests", "docs"):
+        assert f"\n{package}/" in "\n" + tree, package
+    for path in (ROOT / "trl_proxy").iterdir():
+        assert not any(path.glob("*.py")) or f"  {path.name}/" in tree, path
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 130), ("docs/results.md", 420)])
+def test_pages_stay_short(page, most):
+    """In lines: the README is read in a minute, and what is history goes to docs/log.md."""
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= most
+
+
+def has(found, names: str) -> bool:
+    """Whether a module has the attribute `a.b.c`."""
+    for name in names.split("."):
+        if not hasattr(found, name):
+            return False
+        found = getattr(found, name)
+    return True
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -164,13 +187,14 @@ def test_what_is_named_exists(page):
         if "://" not in link:
             path = link.partition("#")[0]
             assert (ROOT / page).parent.joinpath(path).exists(), link
-    modules = "|".join(path.stem for path in (ROOT / "trl_proxy").glob("[a-z]*.py"))
-    for module, names in re.findall(rf"`(?:trl_proxy\.)?({modules})\.([\w.]+)`", text):
+    modules: dict[str, list[str]] = {}
+    for path in (ROOT / "trl_proxy").rglob("[a-z]*.py"):
+        modules.setdefault(path.stem, []).append(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    pattern = rf"`(?:[a-z_]+\.)*?({'|'.join(modules)})\.([\w.]+)`"
+    for stem, names in re.findall(pattern, text):
         if names == "py":
             continue
-        found = importlib.import_module(f"trl_proxy.{module}")
-        for name in names.split("."):
-            found = getattr(found, name)
+        assert any(has(importlib.import_module(module), names) for module in modules[stem]), f"{page}: {stem}.{names}"
 
 
 def test_every_equation_of_the_method_has_its_function():

@@ -14,10 +14,11 @@ from trl.trainer import rloo_trainer
 from trl.trainer.utils import RepeatSampler, is_async_callable, pad
 
 from trl_proxy import PPOTrainer, ProxyPPOTrainer
-from trl_proxy.actor_critic import ActorCriticTrainer
-from trl_proxy.caches import _RoomyLayer, _RowLayer
-from trl_proxy.checkpoints import AtomicCheckpoints
-from trl_proxy.guards import GuardedRewards
+from trl_proxy.decoding.prefix_cache import PreallocatedLayer
+from trl_proxy.decoding.row_cache import _RowLayer
+from trl_proxy.trainer.actor_critic import ActorCriticTrainer
+from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
+from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 # The first parameters of each, which are all that we rely on.
 TRAINER = {
@@ -75,21 +76,23 @@ def parameters(function) -> list[str]:
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_what_is_overridden_has_the_same_signature(owner, name, expected):
-    assert hasattr(owner, name), f"{owner.__name__} has no {name} any more: keep the pin, or mend what uses it"
+    assert hasattr(owner, name), f"{owner.__name__} has no {name} any more: keep the pin, or fix what uses it"
     expected = expected.split()
     # A method of ours takes all that the trainer hands it; more optional parameters elsewhere do no harm.
     found = parameters(getattr(owner, name))
     found = found if owner is RLOOTrainer and name != "_get_per_token_logps_and_entropies" else found[: len(expected)]
-    assert found == expected, f"{owner.__name__}.{name} now takes {found}: keep the pin, or mend what uses it"
+    assert found == expected, f"{owner.__name__}.{name} now takes {found}: keep the pin, or fix what uses it"
 
 
-@pytest.mark.parametrize("ours", [AtomicCheckpoints, GuardedRewards, ActorCriticTrainer, ProxyPPOTrainer, PPOTrainer])
+@pytest.mark.parametrize(
+    "ours", [AtomicCheckpointMixin, RewardGuardMixin, ActorCriticTrainer, ProxyPPOTrainer, PPOTrainer]
+)
 def test_every_override_of_the_trainer_is_watched(ours):
     overridden = {name for name, x in vars(ours).items() if inspect.isfunction(x) and hasattr(RLOOTrainer, name)}
     assert overridden - {"__init__"} <= TRAINER.keys()
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(_RoomyLayer, DynamicLayer), (_RowLayer, CacheLayerMixin)])
+@pytest.mark.parametrize(("ours", "theirs"), [(PreallocatedLayer, DynamicLayer), (_RowLayer, CacheLayerMixin)])
 def test_every_override_of_the_cache_is_watched(ours, theirs):
     overridden = {name for name, x in vars(ours).items() if inspect.isfunction(x) and hasattr(theirs, name)}
     assert overridden - {"__init__"} <= OTHERS[theirs].keys()
@@ -115,7 +118,7 @@ def test_every_override_of_the_cache_is_watched(ours, theirs):
     ],
 )
 def test_what_is_read_of_the_trainer_is_still_there(what):
-    assert what in inspect.getsource(rloo_trainer), f"RLOOTrainer has no `{what}` any more: mend what reads it"
+    assert what in inspect.getsource(rloo_trainer), f"RLOOTrainer has no `{what}` any more: fix what reads it"
 
 
 def test_functions_that_are_no_api():

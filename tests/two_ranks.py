@@ -15,7 +15,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
-from trl_proxy.runs import run_script, use_one_cpu
+from trl_proxy.runs.fit import share_cpu_device
+from trl_proxy.runs.process import run_script
 
 PROMPTS = [f"{a}{b} " for a in "abcd" for b in "ijkl"]
 
@@ -74,7 +75,7 @@ def main(lm_folder: str, output_dir: str, world_size: int = 2) -> dict:
         per_device_eval_batch_size=4 // world_size,
         steps_per_generation=1,
         num_iterations=1,
-        num_generations_eval=1,
+        num_generations=1,
         max_completion_length=8,
         max_steps=1,
         max_grad_norm=0.0,  # the gradient as it is
@@ -82,7 +83,7 @@ def main(lm_folder: str, output_dir: str, world_size: int = 2) -> dict:
         report_to=[],
         disable_tqdm=True,
     )
-    use_one_cpu(args)
+    share_cpu_device(args)
     loaded = [p.data_ptr() for p in lm.parameters()]
     compare = CompareGradients()
     compare.trainer = trainer = RecordingTrainer(

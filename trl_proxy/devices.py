@@ -15,13 +15,13 @@ def best_device() -> torch.device:
 
 
 def inference_device() -> torch.device:
-    """Where scripts that do not train run an LM: a CUDA device if there is one, else the CPU."""
+    """The device for scripts that do not train: a CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_bfloat16(device: str | torch.device | None = None) -> bool:
-    """Whether the device, by default the best one, multiplies bfloat16 itself. A CPU that emulates it reads a prompt
-    ten times slower than in float32."""
+    """Whether the device (by default the best one) has native bfloat16. A CPU that emulates it reads a prompt ten
+    times slower than in float32."""
     kind = torch.device(device).type if device else best_device().type
     if kind == "cpu":
         capabilities = torch.cpu.get_capabilities()
@@ -44,17 +44,17 @@ def warn_of_emulation(dtype: str | torch.dtype | None, device: str | torch.devic
     if dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16(device):
         logger.warning_once(
             f"This {torch.device(device).type} device emulates bfloat16, many times slower than {half_dtype(device)}: "
-            "load the LM with the dtype `auto` of `trl_proxy.defaults.load_lm`, or with that one."
+            "load the LM by `trl_proxy.loading.load_lm` with the dtype `auto`."
         )
 
 
 def is_main_process() -> bool:
-    """Whether this is the process of a run that speaks for all; known before torch.distributed is set up."""
+    """Whether this is the main process of a run. It works before torch.distributed is set up."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
 class DeviceDefaults:
-    """Before a configuration of TRL's in the list of bases: what is not set is chosen for this machine.
+    """A mixin to list before a TRL configuration. It chooses unset options for this machine.
 
     Without an accelerator `use_cpu` becomes true. `bf16` becomes true only if the device has bfloat16. TRL's own
     defaults ask for a GPU with bfloat16 and fail on any other machine.
@@ -69,16 +69,16 @@ class DeviceDefaults:
     def __post_init__(self):
         if not is_torch_xla_available():  # accelerate finds those devices itself
             self._choose_device()
-        if self.activation_checkpointing is None:  # TRL sets it by its old name, and transformers warns of that
+        if self.activation_checkpointing is None:  # TRL uses its old name, and transformers warns about that
             self.activation_checkpointing = self.gradient_checkpointing
-        super().__post_init__()  # type: ignore[misc]  # of the configuration that it stands before
+        super().__post_init__()  # type: ignore[misc]  # the configuration after this mixin has it
 
     def _choose_device(self) -> None:
         on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
         if not on_cpu and not torch.accelerator.is_available():
             on_cpu = self.use_cpu = True
             if is_main_process():
-                dtype = "" if has_bfloat16("cpu") else ", where `--dtype auto` is float32"
+                dtype = "" if has_bfloat16("cpu") else "; `--dtype auto` means float32"
                 logger.warning_once(f"No accelerator was found: this runs on the CPU{dtype}.")
         if self.bf16 is None:
             self.bf16 = not (on_cpu or self.fp16) and has_bfloat16(best_device())

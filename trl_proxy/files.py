@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and whose damage is noticed."""
+"""Files that are written whole or not at all, and checksums that detect damage."""
 
 import hashlib
 import json
@@ -7,17 +7,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.trainer_utils import get_last_checkpoint
-
 CHECKSUMS_NAME = "checksums.json"  # of a checkpoint
 
 
 class WriteError(OSError):
-    """A file could not be written; what was saved before is as it was."""
+    """A file could not be written; earlier files are unchanged."""
 
 
 def reason_not_written(error: Exception) -> str | None:
-    """The operating system's reason why a file was not written; None if the error is another."""
+    """The operating system's reason why a file was not written; None for any other error."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # safetensors and tokenizers are written in Rust, and torch writes its archives in C++.
@@ -29,7 +27,7 @@ def reason_not_written(error: Exception) -> str | None:
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what the libraries raise when a disk is full, or a folder cannot be written, into a [`WriteError`]."""
+    """Turns the libraries' errors for a full disk or a read-only folder into a [`WriteError`]."""
     try:
         yield
     except WriteError:
@@ -38,13 +36,13 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         if (reason := reason_not_written(error)) is None:
             raise
         raise WriteError(
-            f"{os.fspath(path)} could not be written ({reason}): make room or mend the folder, and the same command "
-            "goes on from what was saved before."
+            f"{os.fspath(path)} could not be written ({reason}): make room or fix the folder, and the same command "
+            "resumes from what was saved before."
         ) from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file, and the folders it is in, in one step: nobody ever finds half of it. Raises [`WriteError`]."""
+    """Writes a file in one step, so that nobody finds half of it; creates its folders. Raises [`WriteError`]."""
     path = os.fspath(path)
     with writing(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -54,7 +52,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def make_readable(path: str | os.PathLike) -> None:
-    """Gives a file, or a folder with its files, the mode that `open` and `mkdir` give: 0666 and 0777 less the umask.
+    """Gives a file, or a folder with its files, the mode that `open` and `mkdir` give: 0666 and 0777 minus the umask.
 
     safetensors and `tempfile` make files that only their owner can read, so other users could not load them.
     """
@@ -78,13 +76,12 @@ def _checksums(folder: str) -> dict[str, str]:
 
 
 def write_checksums(folder: str) -> None:
-    """Writes the SHA-256 of every file in a checkpoint: torch reads a file with a flipped bit without a word."""
+    """Writes the SHA-256 of every file in a checkpoint: torch does not notice a flipped bit."""
     write_text(os.path.join(folder, CHECKSUMS_NAME), json.dumps(_checksums(folder), indent=2) + "\n")
 
 
 def damaged_files(folder: str) -> list[str]:
-    """Names of the files of a checkpoint that are not as they were written, or are gone; none where the checkpoint
-    holds no checksums."""
+    """Names of the changed or missing files of a checkpoint; none if the checkpoint has no checksums."""
     path = os.path.join(folder, CHECKSUMS_NAME)
     if not os.path.isfile(path):
         return []
@@ -95,10 +92,3 @@ def damaged_files(folder: str) -> list[str]:
         return [name for name, digest in written.items() if found.get(name) != digest]
     except (AttributeError, ValueError):
         return [CHECKSUMS_NAME]
-
-
-def other_copy(path: str) -> str:
-    """The end of a sentence about a damaged file of a trained proxy: the checkpoint that has the file as well."""
-    folder, name = os.path.split(os.path.abspath(path))
-    last = get_last_checkpoint(folder)
-    return f"; {last} holds a copy" if last and os.path.isfile(os.path.join(last, name)) else ""

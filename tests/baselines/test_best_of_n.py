@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from baselines import best_of_n
-from baselines.best_of_n import Samples, best_of
+from baselines.best_of_n import BestOfNPolicy, Samples, best_of
 from baselines.policy import generate, prompt_batches
-from trl_proxy.rewards import to_text
+from trl_proxy.prompts import to_text
 
 TEXTS = ["a longer prompt", "b", "some more"]
 
@@ -22,7 +21,7 @@ def policy(tiny_lm, tiny_tokenizer):
     def build(n, seed=0, lm=None, max_new_tokens=6):
         lm = lm or tiny_lm()
         settings = {"batch_size": 2, "max_new_tokens": max_new_tokens}
-        return best_of_n.train(lm, tiny_tokenizer, reward, n=n, seed=seed, **settings)
+        return BestOfNPolicy(lm, tiny_tokenizer, reward, n=n, seed=seed, **settings)
 
     return build
 

@@ -5,19 +5,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from baselines import sft
-from baselines.policy import (
-    ProxyPolicy,
-    cut_at_stop,
-    decode_texts,
-    encode_prompts,
-    generate_batches,
-    in_order,
-    score,
-    stop_ids,
-)
+from baselines.policy import cut_at_stop, decode_texts, encode_prompts, generate_batches, in_order, score, stop_ids
+from baselines.proxy import ProxyPolicy
+from baselines.sft import GreedyPolicy
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
-from trl_proxy.rewards import to_text
+from trl_proxy.prompts import to_text
 
 TEXTS = ["a longer prompt of many letters", "b", "some more", "one", "the last of the five"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -64,7 +56,7 @@ def test_stop_ids_join_the_models_and_the_tokenizers(tiny_lm, tiny_tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_sft_equals_generate_on_each_prompt_alone(tiny_lm, tiny_tokenizer, prompts, batch_size):
     lm = tiny_lm()
-    completions = sft.train(lm, tiny_tokenizer, batch_size=batch_size, max_new_tokens=12).complete(prompts)
+    completions = GreedyPolicy(lm, tiny_tokenizer, batch_size=batch_size, max_new_tokens=12).complete(prompts)
     expected = [greedy_alone(lm, tiny_tokenizer, ids, 12) for ids in encode_prompts(prompts, tiny_tokenizer)]
     assert completions.token_ids == expected
     assert completions.texts == tiny_tokenizer.batch_decode(expected, skip_special_tokens=True)
@@ -75,10 +67,10 @@ def test_sft_equals_generate_on_each_prompt_alone(tiny_lm, tiny_tokenizer, promp
 
 def test_responses_end_with_eos_and_without_padding(tiny_lm, tiny_tokenizer):
     lm = tiny_lm()
-    first = sft.train(lm, tiny_tokenizer, batch_size=8, max_new_tokens=12).complete(TEXTS)
-    lm.generation_config.eos_token_id = first.token_ids[0][3]  # now an answer ends early beside longer ones
+    first = GreedyPolicy(lm, tiny_tokenizer, batch_size=8, max_new_tokens=12).complete(TEXTS)
+    lm.generation_config.eos_token_id = first.token_ids[0][3]  # now one answer ends before the others
     stop = first.token_ids[0][3]
-    completions = sft.train(lm, tiny_tokenizer, batch_size=8, max_new_tokens=12).complete(TEXTS)
+    completions = GreedyPolicy(lm, tiny_tokenizer, batch_size=8, max_new_tokens=12).complete(TEXTS)
     assert completions.token_ids == [cut_at_stop(ids, [2, stop]) for ids in first.token_ids]
     assert len({len(ids) for ids in completions.token_ids}) > 1
 
@@ -104,14 +96,14 @@ def test_in_order():
 def test_an_untrained_proxy_answers_as_sft(tiny_lm, tiny_tokenizer, features):
     lm = tiny_lm()
     model = ProxyModelForCausalLM(lm, ProxyConfig(features=features))
-    plain = sft.train(lm, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
+    plain = GreedyPolicy(lm, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
     gated = ProxyPolicy(model, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
     assert (gated.token_ids, gated.texts) == (plain.token_ids, plain.texts)
     # With candidate features the last token is fed too: the gate judges it before it is accepted
     assert gated.lm_forwards == plain.lm_forwards + (len(TEXTS) if features == "candidate" else 0)
     assert gated.stats["accepted_rank_mean"] == 0.0
     with model.disable_proxy():
-        disabled = sft.train(model, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
+        disabled = GreedyPolicy(model, tiny_tokenizer, batch_size=2, max_new_tokens=12).complete(CONVERSATIONS)
     assert disabled.token_ids == plain.token_ids
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
-from eval import drawing
-from eval.harness import Record, summarise
+from eval.harness import summarise
+from eval.plots import style
+from eval.records import Record
 from eval.stats import win_rate
 
 KINDS = ["everyday", "everyday", "harm_adjacent", "harm_adjacent"]
@@ -77,6 +78,6 @@ def make_record():
 def figures(monkeypatch):
     """The figures instead of their files: drawing them to pixels is slow and tells a test nothing."""
     saved = []
-    monkeypatch.setattr(drawing, "save", lambda figure, path: saved.append(figure) or Path(path))
+    monkeypatch.setattr(style, "save", lambda figure, path: saved.append(figure) or Path(path))
     yield saved
     plt.close("all")

@@ -7,11 +7,12 @@ import pytest
 from datasets import Dataset
 
 from baselines.policy import Completions, encode_prompts
-from baselines.sft import SFTPolicy
-from eval.harness import Record, Run, evaluate_completions, evaluate_policy, git_commit, prompts_sha256, read_records
+from baselines.sft import GreedyPolicy
+from eval.harness import evaluate_completions, evaluate_policy
 from eval.likelihood import likelihood
+from eval.records import Record, Run, git_commit, prompts_sha256, read_records
 from eval.stats import mean_ci, rate_ci
-from trl_proxy.rewards import to_text
+from trl_proxy.prompts import to_text
 
 # The contract: what every reader of records may count on, in the words of the design
 CONTRACT = [
@@ -176,7 +177,7 @@ def test_lm_logprob_is_per_token(evaluate, tiny_lm, tiny_tokenizer):
 
 def test_kl_of_the_lm_itself_is_zero(tiny_lm, tiny_tokenizer, tmp_path):
     lm = tiny_lm()
-    policy = SFTPolicy(lm, tiny_tokenizer, batch_size=2, max_new_tokens=8)
+    policy = GreedyPolicy(lm, tiny_tokenizer, batch_size=2, max_new_tokens=8)
     arguments = (policy, PROMPTS, length, None, lm, tiny_tokenizer)
     record = evaluate_policy(*arguments, run=run("sft"), output_dir=tmp_path, policy_lm=lm)
     assert (record["kl_to_lm"], record["lm_forwards_per_token"]) == (0.0, 1.0)
@@ -264,5 +265,5 @@ def test_paths_are_safe_and_differ_by_variant(tmp_path):
 
 
 def test_git_commit_outside_git_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr("eval.harness.__file__", str(tmp_path / "eval" / "harness.py"))
+    monkeypatch.setattr("eval.records.__file__", str(tmp_path / "eval" / "records.py"))
     assert git_commit() is None

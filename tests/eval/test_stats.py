@@ -12,7 +12,6 @@ from eval.stats import (
     distinct_n,
     mean_ci,
     paired_delta,
-    paired_delta_ci,
     rate_ci,
     ratio_ci,
     sampled_kl,
@@ -53,14 +52,6 @@ def test_mean_ci_moves_with_its_data(values, shift):
     np.testing.assert_allclose(mean_ci(np.array(values) + shift, n_resamples=200), np.array(before) + shift, atol=1e-6)
 
 
-def test_paired_delta_ci_resamples_pairs():
-    values, baseline = np.array([1.0, 5.0, 9.0, 2.0]), np.array([0.0, 4.5, 8.0, 0.0])
-    assert paired_delta(values, baseline).tolist() == [1.0, 0.5, 1.0, 2.0]
-    assert paired_delta_ci(values, baseline) == mean_ci([1.0, 0.5, 1.0, 2.0])
-    # the spread between prompts, which both share, is gone
-    assert np.ptp(paired_delta_ci(values, baseline)) < np.ptp(mean_ci(values)) / 3
-
-
 @pytest.mark.fault
 def test_paired_delta_needs_equal_lengths():
     with pytest.raises(ValueError, match=r"paired by prompt: got shapes \(2,\), \(3,\)"):
@@ -97,7 +88,7 @@ def test_seeds_mean_ci_at_its_edges():
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("call", [mean_ci, paired_delta_ci, seeds_mean_ci, win_rate, sign_test])
+@pytest.mark.parametrize("call", [mean_ci, seeds_mean_ci, win_rate, sign_test])
 def test_a_number_that_is_none_is_no_score(call):
     scores = [1.0, 2.0, np.nan]
     arguments = [[scores]] if call is seeds_mean_ci else [scores] if call is mean_ci else [scores, [0.0, 0.0, 0.0]]

@@ -1,16 +1,18 @@
 """scripts/benchmark.py runs on a tiny LM and writes what it measured."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
-from trl_proxy import ProxyConfig
+from eval import memory, speed
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 
 
 @pytest.fixture
-def script(load_script):
-    return load_script("benchmark")
+def script():
+    return importlib.import_module("eval.benchmark")
 
 
 @pytest.fixture
@@ -37,10 +39,10 @@ def tiny_arguments(script, tmp_path, tiny_lm, tiny_tokenizer):
 
 
 def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "MEMORY", ("generate", "prefix", "train"))  # each is a process of its own
-    monkeypatch.setattr(script, "PRECISIONS", (False,))
-    monkeypatch.setattr(script, "MEMORY_PROCESSES", 2)
-    script.main(tiny_arguments())
+    monkeypatch.setattr(memory, "MEMORY", ("generate", "prefix", "train"))  # each is its own process
+    monkeypatch.setattr(memory, "PRECISIONS", (False,))
+    monkeypatch.setattr(memory, "MEMORY_PROCESSES", 2)
+    script.benchmark(tiny_arguments())
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     cells = {tuple(list(cell.values())[:4]): cell["methods"] for cell in found["cells"]}
     base = (3, 5, 4, 0.3)
@@ -76,22 +78,22 @@ def test_an_interrupted_run_goes_on(script, tiny_arguments, tmp_path, monkeypatc
         measured.append(cell)
         return measure(cell, *args)
 
-    monkeypatch.setattr(script, "MEMORY", ())
+    monkeypatch.setattr(memory, "MEMORY", ())
     monkeypatch.setattr(script, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        script.main(tiny_arguments())
+        script.benchmark(tiny_arguments())
     monkeypatch.setattr(script, "measure", lambda cell, *args: [measured.append(cell), measure(cell, *args)][1])
-    found = script.main(tiny_arguments())
+    found = script.benchmark(tiny_arguments())
     assert measured == script.grid(tiny_arguments())
     assert len(found["cells"]) == len(measured)
     assert [path.name for path in (tmp_path / "out").glob("*.json*")] == ["benchmark.json"]
-    script.main(tiny_arguments())
+    script.benchmark(tiny_arguments())
     assert len(measured) == 2 * len(found["cells"]), "a finished benchmark is measured again"
 
 
 @pytest.mark.parametrize("way", ["prefix", "train"])
 def test_memory_in_4_bit(script, tiny_arguments, way, capsys):
-    found = script.main(tiny_arguments(memory=way, load_in_4bit=True))
+    found = script.benchmark(tiny_arguments(memory=way, load_in_4bit=True))
     assert found["memory"] > 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == found["memory"]
 
@@ -103,9 +105,9 @@ def test_the_quick_form_has_the_ends_of_the_batch_alone(script, tiny_arguments):
 
 def test_the_reject_rate_is_what_it_says(script, tiny_lm, tiny_tokenizer):
     """Of the decisions that were taken, the share that rejects."""
-    model = script.ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(p_t=1e-3))
+    model = ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(p_t=1e-3))
     torch.nn.init.constant_(model.gate.mlp[-1].bias, torch.logit(torch.tensor(0.7)).item())
-    ids = script.prompts_of_length(tiny_tokenizer, 16, 8)
+    ids = speed.prompts_of_length(tiny_tokenizer, 16, 8)
     assert ids.shape == (16, 8)
     decisions = model.generate(ids, max_new_tokens=40, gate_sample=True, return_dict_in_generate=True).decisions
     decided = decisions.proposals.sum() - decisions.forced.sum()
@@ -113,21 +115,21 @@ def test_the_reject_rate_is_what_it_says(script, tiny_lm, tiny_tokenizer):
 
 
 def test_the_serial_loop_writes_what_the_gate_accepts(script, tiny_lm):
-    """Accepting everything is greedy decoding at one forward per token, the prompt's beside them."""
+    """Accepting everything is greedy decoding at one forward per token, plus the prompt's."""
     lm = tiny_lm("llama")
-    model = script.ProxyModelForCausalLM(lm, ProxyConfig(features="candidate"))
+    model = ProxyModelForCausalLM(lm, ProxyConfig(features="candidate", pooled_features=False))
     torch.nn.init.constant_(model.gate.mlp[-1].bias, 100.0)
     calls = []
     hook = lm.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs["input_ids"]), with_kwargs=True
     )
     ids = torch.tensor([[5, 6, 7, 8]])
-    assert script.serial_decode(model, ids, 6) == (6, 7)
+    assert speed.serial_decode(model, ids, 6) == (6, 7)
     hook.remove()
     plain = lm.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.cat(calls, dim=1).tolist() == plain.tolist()
     torch.nn.init.constant_(model.gate.mlp[-1].bias, -100.0)
-    _, forwards = script.serial_decode(model, ids, 6)
+    _, forwards = speed.serial_decode(model, ids, 6)
     assert forwards > 12, "every proposal but the last is rejected"
 
 

@@ -1,5 +1,6 @@
 """Tests of `scripts/compare.py`: a whole comparison of tiny models on disk, resuming, and its error messages."""
 
+import importlib
 import json
 import re
 import shlex
@@ -17,8 +18,8 @@ from trl import ModelConfig
 
 from eval.trained import describe, read_proxy
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
-from trl_proxy.card import proxy_card
 from trl_proxy.files import WriteError
+from trl_proxy.modeling.card import proxy_card
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -32,8 +33,8 @@ def vowels(prompts, completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def compare(load_script):
-    return load_script("compare")
+def compare():
+    return importlib.import_module("eval.runner")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ def folder(tmp_path_factory, tiny_lm, tiny_tokenizer, with_random_gate):
     base = AutoModelForCausalLM.from_pretrained(folder / "lm")
     adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    get_peft_model(base, adapter).save_pretrained(folder / "rlhf")
-    run = {"method": "rlhf", "seed": 7, "use_peft": True, "lora_r": 4}
-    (folder / "rlhf" / "run.json").write_text(json.dumps(run))
+    get_peft_model(base, adapter).save_pretrained(folder / "ppo")
+    run = {"method": "ppo", "seed": 7, "use_peft": True, "lora_r": 4}
+    (folder / "ppo" / "run.json").write_text(json.dumps(run))
     rows = [
         {"prompt": [{"role": "user", "content": "x" * (i + 1)}], "kind": ["everyday", "harm_adjacent"][i % 2]}
         for i in range(6)
@@ -92,7 +93,7 @@ def run(compare, folder, tmp_path, monkeypatch):
         for key, value in arguments.items():
             values = [] if value is True else value if isinstance(value, list) else [value]
             argv += [f"--{key}", *map(str, values)] if value != [] else []
-        compare.main(*compare.make_parser().parse_args_and_config(argv))
+        compare.compare(*compare.make_parser().parse_args_and_config(argv))
         return {
             p.stem: json.loads(p.read_text()) for p in sorted((Path(arguments["output_dir"]) / "records").iterdir())
         }
@@ -102,7 +103,7 @@ def run(compare, folder, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_model(compare, monkeypatch):
-    """Fails where a model would be loaded."""
+    """Fails if a model would be loaded."""
 
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded")
@@ -170,18 +171,18 @@ def test_a_whole_comparison(run, tmp_path, capsys):
 
 def test_a_trained_baseline_leaves_the_lm_as_it_was(run, folder, tmp_path):
     """Its adapter judges nothing, and is off the LM when the next method is evaluated."""
-    records = run(baselines=[folder / "rlhf"], output_dir=tmp_path / "with")
+    records = run(baselines=[folder / "ppo"], output_dir=tmp_path / "with")
     without = run(output_dir=tmp_path / "without")
-    assert set(records) - set(without) == {"rlhf-lora_r=4-seed7"}
+    assert set(records) - set(without) == {"ppo-lora_r=4-seed7"}
     for name in without:
         assert records[name]["responses"] == without[name]["responses"], name
         assert records[name]["lm_logprob_per_token"] == pytest.approx(without[name]["lm_logprob_per_token"])
-    rlhf, sft = records["rlhf-lora_r=4-seed7"], records["sft-seed0"]
-    assert rlhf["responses"] != sft["responses"]
-    assert rlhf["kl_to_lm"] > 0.01
-    assert rlhf["lm_logprob_per_token"] < sft["lm_logprob_per_token"]
-    assert rlhf["adapter_bytes"] > 4 * rlhf["trainable_parameters"] > 0
-    assert rlhf["total_parameters"] == sft["total_parameters"] + rlhf["trainable_parameters"]
+    ppo, sft = records["ppo-lora_r=4-seed7"], records["sft-seed0"]
+    assert ppo["responses"] != sft["responses"]
+    assert ppo["kl_to_lm"] > 0.01
+    assert ppo["lm_logprob_per_token"] < sft["lm_logprob_per_token"]
+    assert ppo["adapter_bytes"] > 4 * ppo["trainable_parameters"] > 0
+    assert ppo["total_parameters"] == sft["total_parameters"] + ppo["trainable_parameters"]
 
 
 def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd):
@@ -197,7 +198,7 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
         "report_to": "none",
     }
     recipes = []
-    for method, settings in (("proxy", {"num_iterations": 1, "gate_hidden_sizes": [8]}), ("dpo", {"lora_r": 2})):
+    for method, settings in (("proxy", {"num_generations": 2, "gate_hidden_sizes": [8]}), ("dpo", {"lora_r": 2})):
         (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(shared | settings))
         recipes.append(f"{method}={tmp_path / method}.yaml")
     launch = shlex.join(["env", f"PYTHONPATH={ROOT}:{folder}", sys.executable])
@@ -223,7 +224,7 @@ def test_folders_that_are_no_baselines_are_named(run, folder, no_model):
 @pytest.mark.fault
 def test_going_on_evaluates_only_what_is_missing(run, compare, monkeypatch, tmp_path):
     settings = {"methods": ["best_of_n"]}
-    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    monkeypatch.setattr(compare, "write_report", lambda *args: None)
     first = run(best_of=[1], **settings)
     assert list(first) == ["best_of_n-n=1-seed0", "sft-seed0"]  # sft comes with everything
     second = run(best_of=[1, 2], **settings)
@@ -264,7 +265,7 @@ def test_thresholds(run, folder, tmp_path):
 
 @pytest.mark.fault
 def test_a_retrained_proxy_is_not_taken_for_the_old_one(run, compare, monkeypatch, folder, tmp_path, tiny_lm):
-    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    monkeypatch.setattr(compare, "write_report", lambda *args: None)
     model = ProxyModelForCausalLM(tiny_lm(), ProxyConfig())
     model.save_pretrained(tmp_path / "proxy")
     arguments = {"proxies": [f"{tmp_path / 'proxy'}:1"], "methods": ["proxy"], "output_dir": tmp_path / "out"}
@@ -279,7 +280,7 @@ def test_a_retrained_proxy_is_not_taken_for_the_old_one(run, compare, monkeypatc
 
 
 def test_num_prompts_is_a_fixed_choice(run, compare, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    monkeypatch.setattr(compare, "write_report", lambda *args: None)
     prompts = [
         run(methods=["sft"], num_prompts=3, seed=seed, output_dir=tmp_path / str(seed))[f"sft-seed{seed}"]["prompts"]
         for seed in (0, 1)
@@ -319,7 +320,7 @@ def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm)
 @pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
 def test_empty_data(run, folder, monkeypatch):
-    monkeypatch.setattr("trl_proxy.defaults.Dataset.from_json", lambda path: Dataset.from_dict({"prompt": []}))
+    monkeypatch.setattr("trl_proxy.loading.Dataset.from_json", lambda path: Dataset.from_dict({"prompt": []}))
     with pytest.raises(ValueError, match=r"prompts.jsonl \(test\) is empty"):
         run()
 

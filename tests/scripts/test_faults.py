@@ -1,7 +1,8 @@
 """What goes wrong in the middle of a run, done for real: kills, full disks, damaged checkpoints, a reward server that
-goes away. Nothing is lost, and the same command goes on to the result of a run that nothing happened to."""
+goes away. Nothing is lost, and the same command resumes to the result of an undisturbed run."""
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -22,11 +23,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from eval.harness import read_record, read_records
-from trl_proxy import ProxyConfig, runs
+from eval.records import read_record, read_records
+from trl_proxy import ProxyConfig
 from trl_proxy.files import WriteError, damaged_files
-from trl_proxy.guards import RewardError
-from trl_proxy.runs import one_sentence
+from trl_proxy.runs import resume
+from trl_proxy.runs.process import one_sentence
+from trl_proxy.trainer.reward_guards import RewardError
 
 pytestmark = pytest.mark.fault
 ROOT = Path(__file__).parents[2]
@@ -100,7 +102,7 @@ def test_a_training_that_is_killed_at_any_moment(fork_server, tiny_run, tmp_path
     assert not (tmp_path / "killed" / "train_results.json").exists()
     assert start("killed").wait() == 0, log.read_text()
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
-    assert log.read_text().count("Going on from") >= 2
+    assert log.read_text().count("Resuming from") >= 2
 
 
 def kill_all(folder: Path) -> None:
@@ -144,7 +146,7 @@ def test_a_comparison_that_is_interrupted_at_any_moment(fork_server, tiny_run, w
         if (tmp_path / "out" / "records").is_dir():
             for record in (tmp_path / "out" / "records").glob("*.json"):
                 read_record(record)
-    assert log.read_text().count("compare: interrupted; the same command goes on.") == 2
+    assert log.read_text().count("compare: interrupted; the same command resumes.") == 2
     assert not (tmp_path / "out" / "report.md").exists()
     assert fork_server([*argv, "out"], tmp_path, log).wait() == 0, log.read_text()
     assert_same_records(tmp_path / "whole", tmp_path / "out")
@@ -155,7 +157,7 @@ def test_a_comparison_that_is_interrupted_at_any_moment(fork_server, tiny_run, w
 
 
 def test_a_sweep_that_is_interrupted_at_any_moment(fork_server, tiny_run, tmp_path):
-    """Told to end, as its trainings are then; everything killed at once; and killed alone, while they go on."""
+    """Told to end, as its trainings are then; everything killed at once; and killed alone, while they continue."""
     (tmp_path / "my_rewards.py").write_text(MARKING)
     calls, log = tmp_path / "calls", tmp_path / "log.txt"
     words = iter(tiny_run(max_steps=24, gate_hidden_sizes=8))
@@ -191,7 +193,7 @@ def test_a_sweep_that_is_interrupted_at_any_moment(fork_server, tiny_run, tmp_pa
         limit.unlink()
         assert script.wait() == (130 if how == "told" else -signal.SIGKILL)
         assert not (tmp_path / "out" / "sweep.md").exists()
-    assert log.read_text().count("sweep: interrupted; the same command goes on.") == 1
+    assert log.read_text().count("sweep: interrupted; the same command resumes.") == 1
     assert start().wait() == 0, log.read_text()
     cell = "p_t=0.02-seed0"
     assert_same_weights(tmp_path / "whole" / cell, tmp_path / "out" / cell)
@@ -202,8 +204,8 @@ def test_a_sweep_that_is_interrupted_at_any_moment(fork_server, tiny_run, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def script(load_script):
-    return load_script("train_proxy")
+def script():
+    return importlib.import_module("trl_proxy.runs.train")
 
 
 @pytest.fixture
@@ -227,7 +229,7 @@ def train(script, tiny_run, monkeypatch, tmp_path):
         monkeypatch.setattr(script, "fit", fit_with_it)
         monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
         arguments = tiny_run(**{"output_dir": "out", "max_steps": 12, "save_steps": 4, "replay_rollouts": 2, **flags})
-        return script.main(*script.make_parser().parse_args_and_config(arguments))
+        return script.train(*script.make_parser().parse_args_and_config(arguments))
 
     return run
 
@@ -285,7 +287,7 @@ def test_a_full_disk_loses_nothing(train, whole, tmp_path, place):
     with pytest.raises(WriteError) as error:
         train(fill_the_disk)
     in_checkpoint = place.startswith(PARTIAL) or place == "README.md"
-    assert_one_sentence(error.value, "out", "could not be written", "make room", "the same command goes on")
+    assert_one_sentence(error.value, "out", "could not be written", "make room", "the same command resumes")
     left = checkpoints(tmp_path / "out")
     assert left[-1].name == ("checkpoint-4" if in_checkpoint else "checkpoint-12")
     assert not any(damaged_files(path) for path in left)
@@ -315,7 +317,7 @@ def test_a_file_that_cannot_grow_loses_nothing(train, whole, tmp_path, size):
 def test_a_folder_that_turns_into_a_file(train, whole, tmp_path):
     with pytest.raises(WriteError) as error:
         train((tmp_path / "out" / ".partial").touch)
-    assert_one_sentence(error.value, "out/checkpoint-8 could not be written (", "the same command goes on")
+    assert_one_sentence(error.value, "out/checkpoint-8 could not be written (", "the same command resumes")
     (tmp_path / "out" / ".partial").unlink()
     train()
     assert_same_weights(whole, tmp_path / "out")
@@ -375,10 +377,10 @@ def test_a_damaged_checkpoint_is_refused(whole, tmp_path, name, damage):
         pytest.skip("an older checkpoint: what is there is trusted")
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
-    runs.check_checkpoint(str(folder / "checkpoint-12"))
+    resume.check_checkpoint(str(folder / "checkpoint-12"))
     damage(folder / "checkpoint-12" / name)
     with pytest.raises(ValueError, match="is damaged") as error:
-        runs.check_checkpoint(str(folder / "checkpoint-12"))
+        resume.check_checkpoint(str(folder / "checkpoint-12"))
     offered = f"with --resume_from_checkpoint {folder / 'checkpoint-8'}."
     listed = "" if name == "checksums.json" else f"checkpoint-12 is damaged ({name}): "
     assert_one_sentence(error.value, listed, offered)
@@ -388,7 +390,7 @@ def test_the_checkpoint_that_is_offered_goes_on(train, whole, tmp_path):
     train()
     os.remove(tmp_path / "out" / "train_results.json")
     flip_a_bit(tmp_path / "out" / "checkpoint-12" / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"go on .* with --resume_from_checkpoint out/checkpoint-8\."):
+    with pytest.raises(ValueError, match=r"resume .* with --resume_from_checkpoint out/checkpoint-8\."):
         train()
     train(resume_from_checkpoint="out/checkpoint-8")
     assert_same_weights(whole, tmp_path / "out")
@@ -415,7 +417,7 @@ def test_a_damaged_output_folder_is_refused(train, whole, tmp_path, damage, mess
     run = {**json.loads((whole / "run.json").read_text())}
     damage(tmp_path / "out")
     with pytest.raises(ValueError, match=message) as error:
-        runs.checkpoint_to_resume(
+        resume.checkpoint_to_resume(
             SimpleNamespace(overwrite_output_dir=False),
             SimpleNamespace(resume_from_checkpoint=None, output_dir="out"),
             run,
@@ -425,7 +427,7 @@ def test_a_damaged_output_folder_is_refused(train, whole, tmp_path, damage, mess
 
 @pytest.mark.parametrize("name", ["nowhere", "prompts.jsonl", "true"])
 def test_no_checkpoint_to_go_on_from(train, name):
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint is no folder of a checkpoint, got {name}"):
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint must be a checkpoint folder, got {name}"):
         train(resume_from_checkpoint=name)
 
 
@@ -495,7 +497,7 @@ def test_a_reward_server_that_goes_away_and_comes_back(train, whole, tmp_path, h
         train(go_away, reward_timeout=0.5)
     happened = "took longer than reward_timeout=0.5 seconds" if hangs else "raised URLError (<urlopen error"
     assert_one_sentence(error.value, f"The reward function upper {happened}", "on the prompt '")
-    assert_one_sentence(error.value, "the same command goes on from checkpoint-8, saved just now")
+    assert_one_sentence(error.value, "the same command resumes from checkpoint-8, saved just now")
     assert checkpoints(tmp_path / "out")[-1].name == "checkpoint-8"
     if hangs:
         server.hangs = False

@@ -1,5 +1,6 @@
 """scripts/generate.py: a question, an answer, and the trace of what was proposed."""
 
+import importlib
 import io
 import re
 from types import SimpleNamespace
@@ -16,8 +17,8 @@ from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 
 
 @pytest.fixture(scope="module")
-def script(load_script):
-    return load_script("generate")
+def script():
+    return importlib.import_module("trl_proxy.runs.ask")
 
 
 @pytest.fixture
@@ -155,12 +156,12 @@ def test_it_prints_an_answer_with_and_without_a_proxy(script, saved, capsys, mon
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     flags = saved("prefix")
-    script.main(script.make_parser().parse_args(["Hello", *flags, "--max_new_tokens", "8", "--trace"]))
+    script.ask(script.make_parser().parse_args(["Hello", *flags, "--max_new_tokens", "8", "--trace"]))
     printed = capsys.readouterr().out
     assert "8 tokens," in " ".join(printed.split())
     assert printed.startswith("[-text-] was rejected")
     assert len(unmark("\n".join(printed.split("\n")[:2]))[1]) == int(re.search(r"(\d+)\s+rejected", printed)[1]) > 0
-    script.main(script.make_parser().parse_args(["Hello", *flags[:2], "--max_new_tokens", "8"]))
+    script.ask(script.make_parser().parse_args(["Hello", *flags[:2], "--max_new_tokens", "8"]))
     assert capsys.readouterr().out.strip()
 
 
@@ -168,6 +169,6 @@ def test_it_prints_an_answer_with_and_without_a_proxy(script, saved, capsys, mon
 def test_mistakes_are_one_sentence(script, saved, tmp_path):
     flags = saved("prefix")
     with pytest.raises(ValueError, match="name one with --proxy"):
-        script.main(script.make_parser().parse_args(["Hello", "--trace"]))
+        script.ask(script.make_parser().parse_args(["Hello", "--trace"]))
     with pytest.raises(ValueError, match="holds no proxy"):
-        script.main(script.make_parser().parse_args(["Hello", *flags[:2], "--proxy", str(tmp_path / "lm")]))
+        script.ask(script.make_parser().parse_args(["Hello", *flags[:2], "--proxy", str(tmp_path / "lm")]))

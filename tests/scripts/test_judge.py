@@ -1,5 +1,6 @@
 """Tests of `scripts/judge.py`: real records judged by their rewards, a tiny LM and an endpoint on this machine."""
 
+import importlib
 import json
 import re
 import threading
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig
 
-from eval.judge_api import REMINDER
+from eval.judges.endpoint import REMINDER
+from eval.judges.pairwise import JudgeError
 from eval.stats import rate_ci
 
 ROOT = Path(__file__).parents[2]
@@ -20,15 +22,15 @@ UNSURE = "a response that the judge cannot judge"
 
 
 @pytest.fixture(scope="module")
-def judge(load_script):
-    return load_script("judge")
+def judge():
+    return importlib.import_module("eval.judges.judging")
 
 
 @pytest.fixture
 def records(tmp_path) -> dict[str, dict]:
     """A few prompts of four real records under `tmp_path`, by name, no response like SFT's; `None`: no such record."""
     names = {"sft": "sft-seed0", "best": "best_of_n-n=4-seed0"}
-    names |= {f"proxy{k}": f"proxy-prefix_pooled_features=True-seed{k}" for k in (0, 1)}
+    names |= {f"proxy{k}": f"proxy-prefix-seed{k}" for k in (0, 1)}
     folder = ROOT / "tests" / "records" / "balanced"
     found = {name: json.loads((folder / f"{stem}.json").read_text(encoding="utf-8")) for name, stem in names.items()}
     sft, *others = (record["responses"] for record in found.values())
@@ -56,7 +58,7 @@ def run(judge, tmp_path):
     def run(*judges, model=None, **arguments) -> dict[str, dict]:
         arguments = {"judge_prompt_file": str(tmp_path / "judge.txt"), **arguments}
         args = judge.JudgeArguments(judges=list(judges), output_dir=str(tmp_path), **arguments)
-        judge.main(args, ModelConfig(**(model or {})))
+        judge.judge(args, ModelConfig(**(model or {})))
         return written(tmp_path)
 
     return run
@@ -70,7 +72,7 @@ def written(folder: Path) -> dict[str, dict]:
 def test_rewards_that_are_recorded(run, records, tmp_path, capsys):
     before = {path: path.read_bytes() for path in (tmp_path / "records").iterdir()}
     judgements = run("reward")
-    proxies = [f"reward_embedded/proxy-prefix_pooled_features=True-seed{k}.json" for k in (0, 1)]
+    proxies = [f"reward_embedded/proxy-prefix-seed{k}.json" for k in (0, 1)]
     assert list(judgements) == ["reward_embedded/best_of_n-n=4-seed0.json", *proxies]
     judgement, sft = judgements[proxies[1]], records["sft"]
     verdicts = [float(a > b) for a, b in zip(records["proxy1"]["rewards"], sft["rewards"])]
@@ -171,7 +173,7 @@ def test_an_endpoint_is_paid_once(run, judge, records, endpoint, tmp_path, capfd
     prices = {"price_prompt": 2.0, "price_completion": 8.0}
     pairs = sum(a != b for k in ("best", "proxy0", "proxy1") for a, b in responses(records, k))
     endpoint.limit = 2 * N + 3  # in the middle of the second record
-    with pytest.raises(judge.JudgeError, match=f"503.*: {2 * N + 3} replies are kept in .*replies.sqlite"):
+    with pytest.raises(JudgeError, match=f"503.*: {2 * N + 3} replies are kept in .*replies.sqlite"):
         run("openai", **settings, **prices)
     assert list(written(tmp_path)) == ["openai_gpt_4/best_of_n-n=4-seed0.json"]
     endpoint.limit = 10**9
@@ -298,8 +300,8 @@ def test_gold_scores(run, records, tmp_path):
         run("gold")
 
 
-def test_the_commands_of_the_header_parse(judge):
-    commands = re.findall(r"scripts/judge\.py ((?:.*\\\n)*.*)", judge.__doc__)
+def test_the_commands_of_the_header_parse(judge, load_script):
+    commands = re.findall(r"scripts/judge\.py ((?:.*\\\n)*.*)", load_script("judge").__doc__)
     assert len(commands) == 4
     for command in commands:
         args, _ = judge.make_parser().parse_args_and_config(command.replace("\\\n", " ").split())

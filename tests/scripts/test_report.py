@@ -1,5 +1,6 @@
 """Tests of `scripts/report.py` on the records of a real comparison: the page, its figures, and what is refused."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,14 +12,14 @@ RESULTS = Path(__file__).parents[1] / "records" / "harmless"
 
 
 @pytest.fixture(scope="module")
-def report(load_script):
-    return load_script("report")
+def report():
+    return importlib.import_module("eval.report.gather")
 
 
 @pytest.fixture
 def run(report):
     """Runs the script with these arguments; returns the page."""
-    return lambda *argv: report.main(report.make_parser().parse_args(list(map(str, argv))))
+    return lambda *argv: report.report(report.make_parser().parse_args(list(map(str, argv))))
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def train(folder: Path, **run) -> Path:
 
 @pytest.fixture
 def no_figure(report, monkeypatch):
-    """Fails where drawing begins."""
+    """Fails as soon as drawing begins."""
 
     def fail(*args):
         raise AssertionError("a figure was drawn")
@@ -79,17 +80,28 @@ def test_a_whole_report(run, compared, tmp_path, capsys):
     assert not list(compared.glob("*.tmp"))
 
 
-def test_summaries_hold_numbers_and_no_texts(run, compared, tmp_path):
-    run(compared, "--summaries", tmp_path / "public")
-    names = sorted(path.name for path in (tmp_path / "public").iterdir())
-    assert names == sorted(path.name for path in RESULTS.iterdir())
-    for name in names:
-        record = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-        summary = json.loads((tmp_path / "public" / name).read_text(encoding="utf-8"))
-        gone = {"rewards", "gold_rewards", "responses", "prompts", "kinds", "trace"}
-        assert not gone & summary.keys()
-        kept = record.keys() - gone
-        assert {key: summary[key] for key in kept} == {key: record[key] for key in kept}
+def test_what_is_published_has_numbers_and_no_texts(run, compared, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.published.RECORDS", tmp_path / "published.jsonl")
+    run(compared, "--publish", "mine", "A")
+    lines = [json.loads(line) for line in (tmp_path / "published.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["collection"], line["group"], line["machine"]) for line in lines] == [
+        ("mine", "sft", "A"),
+        ("mine", "proxy (prefix)", "A"),
+    ]
+    for line in lines:
+        assert not {"prompts", "responses", "rewards", "gold_rewards", "kinds", "trace"} & line.keys()
+        assert {"reward_mean", "by_kind", "command", "git_commit"} < line.keys()
+    run(compared, "--publish", "mine", "B")  # in place of the first
+    assert [line["machine"] for line in map(json.loads, (tmp_path / "published.jsonl").open(encoding="utf-8"))] == [
+        "B",
+        "B",
+    ]
+
+
+@pytest.mark.fault
+def test_a_report_of_nothing_is_refused(run):
+    with pytest.raises(ValueError, match="name the output folder"):
+        run()
 
 
 def test_named_folders_alone_are_read(report, run, compared, tmp_path, monkeypatch):
@@ -106,8 +118,8 @@ def test_named_folders_alone_are_read(report, run, compared, tmp_path, monkeypat
 def test_what_judges_say_is_on_the_page(report, run, compared, load_script, monkeypatch):
     monkeypatch.setattr(report, "draw_all", lambda *args: [])
     assert 'id="judges"' not in run(compared).read_text(encoding="utf-8")
-    judge = load_script("judge")
-    judge.main(judge.JudgeArguments(judges=["reward"], output_dir=str(compared)), ModelConfig())
+    judge = importlib.import_module("eval.judges.judging")
+    judge.judge(judge.JudgeArguments(judges=["reward"], output_dir=str(compared)), ModelConfig())
     html = run(compared).read_text(encoding="utf-8")
     section = html[html.index('id="judges"') : html.index('id="figures"')]
     [judgement] = [json.loads(path.read_text()) for path in (compared / "judgements").glob("*/*.json")]

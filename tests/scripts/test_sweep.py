@@ -1,5 +1,6 @@
 """scripts/sweep.py: a small grid trained and evaluated for real, going on after a kill, and its error messages."""
 
+import importlib
 import json
 import os
 import shlex
@@ -12,14 +13,14 @@ import pytest
 import yaml
 from trl import TrlParser
 
-from eval.harness import read_records
+from eval.records import read_records
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def sweep(load_script):
-    return load_script("sweep")
+def sweep():
+    return importlib.import_module("eval.grid")
 
 
 @pytest.fixture
@@ -82,12 +83,12 @@ def test_a_sweep_goes_on_after_an_interrupt(sweep, arguments, fork_server, monke
         time.sleep(0.1)
     os.kill(script.pid, signal.SIGINT)
     assert script.wait() == 130
-    assert "interrupted; the same command goes on" in log.read_text()
+    assert "interrupted; the same command resumes" in log.read_text()
     assert not (tmp_path / "cells" / "sweep.md").exists()
 
     args = sweep.SweepArguments(**arguments)
     with pytest.raises(ValueError, match=r"1 of 2 cells failed: max_candidates=0-seed0 failed, see .*log.txt"):
-        sweep.main(args)
+        sweep.sweep(args)
     assert "`max_candidates` must be" in (bad / "log.txt").read_text()
     sft, proxy = sorted(read_records(good), key=lambda record: record["method"] != "sft")
     assert (proxy["variant"], proxy["episodes"]) == ("prefix, max_candidates=4", 32)
@@ -103,7 +104,7 @@ def test_a_sweep_goes_on_after_an_interrupt(sweep, arguments, fork_server, monke
     # without the cell that fails there is nothing to do but to draw
     (bad / "log.txt").unlink()
     bad.rmdir()
-    sweep.main(sweep.SweepArguments(**arguments | {"grid": {"max_candidates": [4]}}))
+    sweep.sweep(sweep.SweepArguments(**arguments | {"grid": {"max_candidates": [4]}}))
     assert {path.name for path in (tmp_path / "cells" / "plots").glob("*.png")} == {
         f"sweep_max_candidates_{name}.png" for name in ("scores", "curves", "distributions")
     }
@@ -133,9 +134,9 @@ def test_cells_and_commands(sweep, arguments):
     expected = "--config train.yaml --max_steps 8 --p_t 0.5 --gate_hidden_sizes 64 64 --seed 0 --output_dir"
     assert " ".join(train[2:-1]) == expected
     assert " ".join(compare[-4:]) == f"--proxies {cells[1].folder} --split test"
-    baseline = sweep.SweepArguments(**arguments | {"method": "rlhf", "grid": {"learning_rate": [1e-4]}})
+    baseline = sweep.SweepArguments(**arguments | {"method": "ppo", "grid": {"learning_rate": [1e-4]}})
     train, compare = sweep.commands(baseline, sweep.cells_of(baseline)[0])
-    assert train[2:4] == ["--method", "rlhf"]
+    assert train[2:4] == ["--method", "ppo"]
     assert "--baselines" in compare
     assert "proxy" not in compare
 
@@ -152,7 +153,7 @@ def test_grid_and_settings_on_the_command_line(sweep, arguments):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ppo"}, "--method must be proxy or one of rlhf, rloo, grpo, dpo, got ppo"),
+        ({"method": "a2c"}, "--method must be proxy or one of ppo, rloo, grpo, dpo, got a2c"),
         ({"recipe": "none.yaml"}, "--recipe must be a file that exists, got none.yaml"),
         ({"evaluate": "none.yaml"}, "--evaluate must be a file that exists, got none.yaml"),
         ({"grid": {}}, "--grid is empty"),

@@ -1,4 +1,4 @@
-"""scripts/train_baseline.py: every method trains a tiny LM, goes on where it stopped, and leaves a policy."""
+"""scripts/train_baseline.py: every method trains a tiny LM, resumes, and leaves a policy."""
 
 import json
 import shutil
@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from baselines.training import load_trained
-from trl_proxy.checkpoints import AtomicCheckpoints
-from trl_proxy.defaults import load_lm
 from trl_proxy.files import WriteError, damaged_files
-from trl_proxy.guards import RewardError
+from trl_proxy.loading import load_lm
+from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
+from trl_proxy.trainer.reward_guards import RewardError
 
 ROOT = Path(__file__).parents[2]
-ONLINE = ("rlhf", "rloo", "grpo")
+ONLINE = ("ppo", "rloo", "grpo")
 METHODS = (*ONLINE, "dpo")
 HEAD = "value_head.safetensors"
 
@@ -66,19 +66,19 @@ def train(script, command_line):
 
 def test_two_processes_train_one_policy(launch_two, command_line, tmp_path):
     """The adapter and the value head, which runs outside the LM's `forward`, on two gloo ranks."""
-    arguments = command_line("rlhf", per_device_train_batch_size=2, beta=0.1)
+    arguments = command_line("ppo", per_device_train_batch_size=2, beta=0.1)
     result = launch_two("scripts/train_baseline.py", arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[:6000]
-    head = load_file(tmp_path / "rlhf" / HEAD)
+    head = load_file(tmp_path / "ppo" / HEAD)
     assert head["linear.weight"].abs().sum() > 0
-    adapter = load_file(tmp_path / "rlhf" / "adapter_model.safetensors")
+    adapter = load_file(tmp_path / "ppo" / "adapter_model.safetensors")
     assert all(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name)
 
     # FSDP, which cuts the LM and the head into parts, comes to the same, in one go or two.
     def by_fsdp():
         changes = {"per_device_train_batch_size": 2, "beta": 0.1, "bf16": "false", "output_dir": tmp_path / "fsdp"}
         config = ROOT / "scripts" / "accelerate_configs" / "fsdp2.yaml"
-        arguments = command_line("rlhf", save_total_limit=2, **changes)
+        arguments = command_line("ppo", save_total_limit=2, **changes)
         result = launch_two("tests/fsdp_on_cpu.py", arguments, cwd=tmp_path, config=config)
         assert result.returncode == 0, result.stderr[:6000]
         return {name: load_file(tmp_path / "fsdp" / name) for name in ("adapter_model.safetensors", HEAD)}
@@ -121,7 +121,7 @@ def test_it_trains_and_leaves_a_policy(train, method, tmp_path):
     assert results["steps"] == 8
     assert results["train_seconds"] > 0
     assert results["episodes"] == (16 if method in ONLINE else 32)
-    assert (folder / HEAD).exists() == (method == "rlhf")
+    assert (folder / HEAD).exists() == (method == "ppo")
     assert json.loads((folder / "run.json").read_text())["lora_r"] == 4
     lm, tokenizer = load_lm(str(tmp_path / "lm"))
     plain = lm(torch.tensor([[5, 6, 7]])).logits
@@ -143,18 +143,18 @@ def test_the_same_command_goes_on_and_equals_one_run(train, method, tmp_path):
 
 
 def test_all_weights_can_be_trained(train, tmp_path, tiny_lm):
-    train("rlhf", use_peft="false", beta=0.0)
+    train("ppo", use_peft="false", beta=0.0)
     lm, tokenizer = load_lm(str(tmp_path / "lm"))
-    policy = load_trained(tmp_path / "rlhf", lm, tokenizer, batch_size=2, max_new_tokens=6)
+    policy = load_trained(tmp_path / "ppo", lm, tokenizer, batch_size=2, max_new_tokens=6)
     assert policy.model is not lm
-    assert "value_head" not in str(load_file(tmp_path / "rlhf" / "model.safetensors").keys())
+    assert "value_head" not in str(load_file(tmp_path / "ppo" / "model.safetensors").keys())
 
 
-@pytest.mark.parametrize("method", ["rlhf", "dpo"])
+@pytest.mark.parametrize("method", ["ppo", "dpo"])
 def test_the_clock_ends_a_run(train, method, tmp_path):
     for _ in range(2):  # called again, it is over
         trainer = train(method, max_train_seconds=0.01)
-        assert trainer.state.global_step == (4 if method == "rlhf" else 1), "at the end of a rollout"
+        assert trainer.state.global_step == (4 if method == "ppo" else 1), "at the end of a rollout"
         assert (tmp_path / method / f"checkpoint-{trainer.state.global_step}").is_dir()
 
 
@@ -187,12 +187,12 @@ def test_pairs_of_a_dataset(train, tmp_path):
 @pytest.mark.parametrize(
     ("method", "flags", "message"),
     [
-        ("ppo", {}, "--method must be one of rlhf, rloo, grpo, dpo, got ppo"),
+        ("a2c", {}, "--method must be one of ppo, rloo, grpo, dpo, got a2c"),
         ("dpo", {"pairs": "dataset"}, "has no column chosen, rejected: DPO needs prompt, chosen, rejected"),
         ("dpo", {"samples_per_prompt": 1}, "`samples_per_prompt` must be at least 2"),
         ("dpo", {"reward_funcs": "my_rewards.same"}, "The reward prefers none of the samples to another"),
         ("dpo", {"reward_weights": "1 2"}, "`reward_weights` has 2 weights for 1 rewards"),
-        ("rlhf", {"max_train_seconds": 0}, "`max_train_seconds` must be above 0"),
+        ("ppo", {"max_train_seconds": 0}, "`max_train_seconds` must be above 0"),
     ],
 )
 def test_bad_input_is_named(train, method, flags, message):
@@ -218,7 +218,7 @@ def flaky(prompts, completions, **kwargs):
 @pytest.mark.fault
 @pytest.mark.parametrize("method", METHODS)
 def test_a_reward_that_fails_ends_the_run(train, tmp_path, method):
-    """In one sentence, after a checkpoint; mended, the same command goes on and equals the run without a failure."""
+    """In one sentence, after a checkpoint. Once fixed, the same command resumes and equals a run without a failure."""
     sys.modules.pop("flaky_rewards", None)
     (tmp_path / "flaky_rewards.py").write_text(FLAKY.replace("CALLS", "1" if method in ONLINE else "0"))
     arguments = {"reward_funcs": "flaky_rewards.flaky", "output_dir": tmp_path / "flaky"}
@@ -227,7 +227,7 @@ def test_a_reward_that_fails_ends_the_run(train, tmp_path, method):
     message = str(error.value)
     assert message.startswith("The reward function flaky raised OSError (gone) on the prompt '")
     if method in ONLINE:
-        assert message.endswith("mend it, and the same command goes on from checkpoint-4, saved just now.")
+        assert message.endswith("fix it, and the same command resumes from checkpoint-4, saved just now.")
     sys.modules["flaky_rewards"].works = True
     train(method, **arguments)
     train(method)
@@ -247,18 +247,18 @@ def test_a_reward_that_hangs_ends_the_run(train, tmp_path, method):
 @pytest.mark.parametrize("method", ONLINE)
 def test_a_reward_that_is_no_number_ends_the_run(train, tmp_path, method):
     (tmp_path / "no_rewards.py").write_text("def none(prompts, **kwargs):\n    return [float('nan')] * len(prompts)\n")
-    with pytest.raises(RewardError, match="'none' returned nan where a finite number is needed, for the prompt '"):
+    with pytest.raises(RewardError, match="'none' returned nan instead of a finite number, for the prompt '"):
         train(method, reward_funcs="no_rewards.none")
 
 
 @pytest.mark.fault
 def test_another_lms_adapter_is_refused(train, tmp_path, tiny_lm, tiny_tokenizer):
-    train("rlhf")
+    train("ppo")
     tiny_lm("llama").save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     lm, tokenizer = load_lm(str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"holds an adapter of .*lm, not of .*other"):
-        load_trained(tmp_path / "rlhf", lm, tokenizer, batch_size=2, max_new_tokens=6)
+        load_trained(tmp_path / "ppo", lm, tokenizer, batch_size=2, max_new_tokens=6)
     with pytest.raises(ValueError, match="holds no trained model"):
         load_trained(tmp_path, lm, tokenizer, batch_size=2, max_new_tokens=6)
 
@@ -267,7 +267,7 @@ def test_an_adapter_names_the_embedded_lm(tmp_path, tiny_lm, tiny_tokenizer, mon
     """And not the file that it was read from, which is another on the next machine."""
     tiny_lm("llama").save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
-    monkeypatch.setattr("trl_proxy.defaults.resolve_model", lambda name: str(tmp_path / "lm"))
+    monkeypatch.setattr("trl_proxy.loading.resolve_model", lambda name: str(tmp_path / "lm"))
     tuned = get_peft_model(load_lm("embedded")[0], LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     tuned.save_pretrained(tmp_path / "adapter")
     assert (
@@ -280,7 +280,7 @@ def test_an_adapter_names_the_embedded_lm(tmp_path, tiny_lm, tiny_tokenizer, mon
 @pytest.mark.fault
 @pytest.mark.parametrize("method", METHODS)
 def test_a_full_disk_leaves_the_last_checkpoint(train, tmp_path, method):
-    """The one being written is not there; the same command goes on from the one before."""
+    """The one being written is not there; the same command resumes from the one before."""
     place = tmp_path / method / ".partial" / "checkpoint-8" / "optimizer.pt"
 
     class Fill(TrainerCallback):
@@ -289,10 +289,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(train, tmp_path, method):
                 place.parent.mkdir(parents=True)
                 place.symlink_to("/dev/full")
 
-    init = AtomicCheckpoints.__init__
+    init = AtomicCheckpointMixin.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            AtomicCheckpoints, "__init__", lambda self, *a, **k: (init(self, *a, **k), self.add_callback(Fill()))[0]
+            AtomicCheckpointMixin,
+            "__init__",
+            lambda self, *a, **k: (init(self, *a, **k), self.add_callback(Fill()))[0],
         )
         with pytest.raises(WriteError, match="checkpoint-8 could not be written"):
             train(method)

@@ -1,6 +1,7 @@
 """scripts/train_proxy.py: flags, recipes, resuming, and what it says to a mistake."""
 
 import functools
+import importlib
 import json
 import os
 import re
@@ -18,22 +19,23 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from trl_proxy import ProxyModelForCausalLM, runs
-from trl_proxy.runs import Interrupted
+from trl_proxy import ProxyModelForCausalLM
+from trl_proxy.runs import fit as runs
+from trl_proxy.runs.process import Interrupted
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def script(load_script):
-    return load_script("train_proxy")
+def script():
+    return importlib.import_module("trl_proxy.runs.train")
 
 
 def run(script, arguments, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another test's, or what it was before
-    script.main(*script.make_parser().parse_args_and_config(arguments))
+    script.train(*script.make_parser().parse_args_and_config(arguments))
 
 
 def test_it_trains_and_leaves_a_proxy_that_loads(script, tiny_run, tiny_lm, monkeypatch, tmp_path, capsys):
@@ -63,7 +65,7 @@ def test_what_it_prints_and_what_other_users_can_read(script, tiny_run, monkeypa
     umask = os.umask(0o022)
     os.umask(umask)
     files = list((tmp_path / "out").rglob("*.safetensors"))
-    assert len(files) == 2  # the proxy's, and the checkpoint's
+    assert len(files) == 3  # the proxy's, the checkpoint's, and its rollouts
     for path in files:
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
     run(script, tiny_run(output_dir=tmp_path / "verbose", verbose="true"), monkeypatch, tmp_path)
@@ -140,7 +142,7 @@ def upper(prompts, completions, **kwargs):
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_the_run_after_its_rollout(script, tiny_run, monkeypatch, tmp_path, name):
-    """With a checkpoint, from which the same command goes on to the same result."""
+    """With a checkpoint, from which the same command resumes to the same result."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     run(script, tiny_run(max_steps=12), monkeypatch, tmp_path)
     whole = load_file(tmp_path / "out" / "proxy_model.safetensors")
@@ -172,7 +174,7 @@ def test_a_signal_does_not_wait_for_slow_updates(script, tiny_run, monkeypatch, 
 
 @pytest.mark.parametrize("every", [4, 8])
 def test_the_best_checkpoint_is_kept(script, tiny_run, monkeypatch, tmp_path, every):
-    """Also where it is the last one, and when the finished run is called again."""
+    """Also if it is the last one, and when the finished run is called again."""
     flags = {"save_steps": every, "eval_steps": every, "eval_strategy": "steps", "dataset_test_split": "train"}
     flags |= {"load_best_model_at_end": "true", "metric_for_best_model": "eval_reward", "num_generations_eval": 1}
     for _ in range(2):
@@ -192,7 +194,7 @@ def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint of another run \(different: learning_rate, p_t\)"):
         run(script, tiny_run(learning_rate=0.5, p_t=0.2), monkeypatch, tmp_path)
     run(script, tiny_run(learning_rate=0.5, overwrite_output_dir="true"), monkeypatch, tmp_path)
-    run(script, tiny_run(learning_rate=0.5), monkeypatch, tmp_path)  # goes on with the new one
+    run(script, tiny_run(learning_rate=0.5), monkeypatch, tmp_path)  # resumes with the new one
     os.remove(tmp_path / "out" / "run.json")
     with pytest.raises(ValueError, match="checkpoint of something else"):
         run(script, tiny_run(), monkeypatch, tmp_path)
@@ -291,7 +293,7 @@ def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
 @pytest.mark.fault
 def test_two_processes_train_one_proxy(launch_two, tiny_run, tiny_lm, tmp_path):
     """Two gloo ranks on the CPU, launched as on two GPUs; a signal to one of them, or its bad reward, stops both. The
-    same command goes on to the same result."""
+    same command resumes to the same result."""
 
     def run_both(**flags):
         arguments = tiny_run(per_device_train_batch_size=2, num_generations=2, replay_rollouts=2, **flags)
@@ -309,7 +311,7 @@ def test_two_processes_train_one_proxy(launch_two, tiny_run, tiny_lm, tmp_path):
     assert not (tmp_path / "out" / "train_results.json").exists()
     (tmp_path / "my_rewards.py").write_text(rewards)
     result = run_both(max_steps=12)
-    assert "Going on from" in result.stdout
+    assert "Resuming from" in result.stdout
     assert result.returncode == 0, result.stderr[-2000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 12
@@ -324,5 +326,5 @@ def test_two_processes_train_one_proxy(launch_two, tiny_run, tiny_lm, tmp_path):
     )
     result = run_both(output_dir=tmp_path / "bad")
     assert result.returncode != 0
-    assert result.stderr.count("returned nan where a finite number is needed") >= 2
+    assert result.stderr.count("returned nan instead of a finite number") >= 2
     assert (tmp_path / "bad" / "checkpoint-0" / "proxy_model.safetensors").is_file()

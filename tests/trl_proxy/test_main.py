@@ -1,8 +1,9 @@
-"""`python -m trl_proxy`."""
+"""`trl-proxy`, here as `python -m trl_proxy`."""
 
 import subprocess
 import sys
 
+import pytest
 import torch
 import transformers
 
@@ -19,9 +20,29 @@ def test_it_tells_versions_and_device():
     assert lines[-1].startswith("device: ")
 
 
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_the_help_of_a_command(command):
+    call = [sys.executable, "-m", "trl_proxy", command, "--help"]
+    printed = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"usage: trl-proxy {command}")
+
+
+def test_the_commands_are_listed():
+    printed = subprocess.run([sys.executable, "-m", "trl_proxy", "--help"], capture_output=True, text=True, check=True)
+    for command in ("trl-proxy train", "trl-proxy generate", "trl-proxy env"):
+        assert command in printed.stdout
+
+
+@pytest.mark.fault
+def test_a_command_that_is_not_there():
+    result = subprocess.run([sys.executable, "-m", "trl_proxy", "trian"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "trl-proxy: there is no command 'trian': it must be train, generate or env.\n"
+
+
 def test_a_package_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr(main, "PACKAGES", ("no-such-package",))
-    main.main()
+    main.env()
     assert "no-such-package is not installed" in capsys.readouterr().out
 
 

@@ -1,1 +1,1 @@
-"""What a bare machine starts with: the embedded language model."""
+"""The embedded language model and prompts, which need no model hub."""

@@ -2,9 +2,9 @@
 
     python trl_proxy/embedded/convert.py <file.gguf> <folder>
 
-It is a process of its own, so that nothing in the calling process can change what is written: not torch.distributed
-(transformers saves weights on one rank alone), not FSDP or ZeRO-3 (they load parts of a model). It ends when its
-standard input is closed, hence with the process that started it. Its last line of output says what went wrong.
+It runs in a separate process, so that the caller cannot change the result. Under torch.distributed, transformers saves
+weights on one rank only, and FSDP and ZeRO-3 load parts of a model. The program ends when its standard input closes,
+that is, with the process that started it. If it fails, its last line of output is the reason.
 """
 
 import os
@@ -38,7 +38,7 @@ def main(gguf: str, folder: str) -> int:
         status = WRITE_FAILED
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # the GGUF reader raises whatever a damaged file makes it stumble on
+    except Exception as error:  # the GGUF reader raises many kinds of errors on a damaged file
         print(" ".join(str(error).split()) or type(error).__name__)
         return status
     return 0

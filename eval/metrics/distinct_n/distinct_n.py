@@ -6,7 +6,7 @@ import evaluate
 from eval.stats import distinct_n
 
 DESCRIPTION = """
-Distinct n-grams of lower-cased words over all n-grams, all texts together. Near 0 where a policy has one answer to
+Distinct n-grams of lower-cased words over all n-grams, all texts together. Near 0 if a policy has one answer to
 everything. It falls as texts grow longer and more numerous: compare equal numbers of prompts and similar lengths.
 """
 
@@ -16,7 +16,7 @@ Args:
     n: words per n-gram, at least 1.
 
 Returns:
-    distinct_n: between 0 and 1; None where no text has n words.
+    distinct_n: between 0 and 1; None if no text has n words.
 
 Examples:
     >>> metric = evaluate.load("eval/metrics/distinct_n")

@@ -7,7 +7,7 @@ from eval.stats import sampled_kl
 
 DESCRIPTION = """
 How far a policy is from the LM: the KL divergence KL(policy || LM) in nats, estimated from the log-probabilities of
-the tokens that the policy sampled, as engines report them. It needs neither model; where both are at hand,
+the tokens that the policy sampled, as engines report them. It needs neither model; if both are at hand,
 `eval.likelihood.likelihood` gives the divergence exactly at each position.
 """
 
@@ -18,7 +18,7 @@ Args:
     references: the same tokens' log-probabilities under the LM.
 
 Returns:
-    kl_to_lm: nats per token, over all tokens; an estimate, so it may fall below 0 where the two are close.
+    kl_to_lm: nats per token, over all tokens; an estimate, so it may fall below 0 if the two are close.
     ci95: its 95 % bootstrap interval over the responses, [low, high]; None for one response.
     kl_per_response: nats per response, that is between the distributions of whole responses.
     kl_per_response_ci95: its interval.

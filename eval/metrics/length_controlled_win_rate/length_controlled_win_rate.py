@@ -7,8 +7,8 @@ from eval.length_control import length_controlled_win_rate
 from eval.stats import win_rate, win_scores
 
 DESCRIPTION = """
-The win rate that would be seen if both responses of every pair were equally long, beside the plain one. As in
-AlpacaEval 2, with the length term alone: a logistic regression of the win on the difference in length, read off at 0.
+The win rate if both responses of every pair were equally long, and the plain one. As in AlpacaEval 2, with the length
+term alone: a logistic regression of the win on the difference in length, evaluated at 0.
 """
 
 INPUTS = """
@@ -18,10 +18,10 @@ Args:
     prediction_lengths, reference_lengths: of the scored responses, all in one unit (characters, tokens).
 
 Returns:
-    length_controlled_win_rate: the rate at equal length; None for fewer than three pairs, and where all pairs differ
-        by one and the same length.
-    ci95: its 95 % interval, [low, high], finite also where length separates wins from losses; None with the rate.
-    length_effect: log-odds of a win per unit of tanh(difference / standard deviation); above 0 where longer wins.
+    length_controlled_win_rate: the rate at equal length; None for fewer than three pairs, or if all pairs differ by
+        the same length.
+    ci95: its 95 % interval, [low, high], finite even if length separates wins from losses; None if the rate is.
+    length_effect: log-odds of a win per unit of tanh(difference / standard deviation); above 0 if longer wins.
     win_rate: the plain one.
 
 Examples:

@@ -8,12 +8,12 @@ import evaluate
 from baselines.policy import encode_prompts
 from eval.likelihood import likelihood
 from eval.stats import ratio_ci
-from trl_proxy.defaults import load_lm
 from trl_proxy.devices import inference_device
+from trl_proxy.loading import load_lm
 
 DESCRIPTION = """
-How surprising responses are to a language model: the exponential of the mean negative log-likelihood per token. Low
-for text near to what the LM itself would write; a policy that left the LM's language behind has a high one.
+How surprising responses are to a language model: the exponential of the mean negative log-likelihood per token. It is
+low for text that the LM itself would write, and high for a policy that left the LM's language behind.
 """
 
 INPUTS = """
@@ -21,7 +21,7 @@ Args:
     predictions: the responses. An EOS after them is not counted: a text does not tell whether its end was written.
     model: `embedded`, a folder or a hub id of a causal LM.
     prompts: one per response, all strings or all conversations (lists of messages, for the LM's chat template).
-        Without prompts every text stands for itself: its first token, a BOS where the tokenizer writes one, is given.
+        Without prompts the first token of every text, a BOS if the tokenizer writes one, takes the prompt's place.
     batch_size: texts per forward.
 
 Returns:

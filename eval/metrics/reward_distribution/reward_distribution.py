@@ -55,7 +55,7 @@ class RewardDistribution(evaluate.Metric):
             raise ValueError("reward_distribution got no rewards: give at least one prediction.")
         if outside := [q for q in quantiles if not 0 <= q <= 1]:
             raise ValueError(f"quantiles must lie between 0 and 1, got {outside[0]}.")
-        interval = mean_ci(predictions)  # raises where a reward is not a number
+        interval = mean_ci(predictions)  # raises if a reward is not a number
         return {
             "n": len(predictions),
             "mean": float(np.mean(predictions)),

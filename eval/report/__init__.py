@@ -1,0 +1,1 @@
+"""The comparison as tables, samples and one HTML page."""

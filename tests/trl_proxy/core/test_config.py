@@ -1,0 +1,150 @@
+"""Tests of trl_proxy/config.py: bad values are refused by name, and configurations survive the disk."""
+
+import dataclasses
+import json
+
+import pytest
+
+from trl_proxy import PPOConfig, ProxyConfig, ProxyPPOConfig
+from trl_proxy.core.config import proxy_file
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("p_t", v) for v in (0.0, -0.1, 1.0001, NAN, INF)],
+        *[("temperature", v) for v in (0.0, -1.0, NAN)],
+        *[("max_candidates", v) for v in (0, -1, 2.5)],
+        *[("threshold", v) for v in (NAN, INF)],
+        *[("initial_accept_bias", v) for v in (-0.5,)],
+        *[("gate_hidden_sizes", v) for v in ([], [0], [64, -1])],
+        *[("p_t_mode", v) for v in ("min-p", "Relative", "", None)],
+        *[("proposal", v) for v in ("greedy", "", None)],
+        *[("features", v) for v in ("both", "Prefix", None)],
+    ],
+)
+def test_bad_values_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"`{field}` must be .*got .*{value if value else ''}".replace("[", r"\[")):
+        ProxyConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"p_t": 1.0}, {"p_t": 1e-9}, {"max_candidates": 1}, {"temperature": 0.01}, {"initial_accept_bias": 0.0}],
+)
+def test_bounds_are_allowed(values):
+    assert dataclasses.asdict(ProxyConfig(**values)).items() >= values.items()
+
+
+def test_round_trip(tmp_path):
+    config = ProxyConfig(
+        p_t=0.01,
+        p_t_mode="absolute",
+        max_candidates=7,
+        temperature=0.5,
+        proposal="sampled",
+        features="candidate",
+        feature_layers=[2, 4],
+        pooled_features=False,
+        gate_hidden_sizes=[32, 16],
+        initial_accept_bias=2.0,
+        threshold=-0.25,
+        hidden_size=64,
+        embedding_size=48,
+        base_model_name_or_path="somewhere/some-lm",
+        base_model_sha256="0" * 64,
+    )
+    defaults = ProxyConfig()
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(defaults, f.name)}
+    assert changed == {f.name for f in dataclasses.fields(config)}
+    config.save_pretrained(tmp_path / "new" / "folder")
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["proxy_config.json"]
+    assert ProxyConfig.from_pretrained(tmp_path / "new" / "folder") == config
+
+
+@pytest.mark.fault
+def test_unknown_keys_are_named(tmp_path):
+    ProxyConfig().save_pretrained(tmp_path)
+    path = tmp_path / "proxy_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"p_top": 0.1, "gamma": 1.0}))
+    with pytest.raises(ValueError, match=r"proxy_config\.json of .* has unknown keys: gamma, p_top"):
+        ProxyConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.fault
+def test_bad_values_on_disk_are_named(tmp_path):
+    ProxyConfig().save_pretrained(tmp_path)
+    path = tmp_path / "proxy_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"p_t": 2.0}))
+    with pytest.raises(ValueError, match=r"`p_t` must be in \(0, 1\], got 2.0"):
+        ProxyConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("content", ["", '{"p_t": 0.', "[1, 2]", "\x00\x01"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "proxy_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"proxy_config\.json"):
+        ProxyConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.fault
+def test_no_proxy_there(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no proxy: proxy_config\.json is missing"):
+        ProxyConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"/no/such/folder is neither a folder nor a hub repository"):
+        proxy_file("/no/such/folder", "proxy_config.json")
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": []}
+
+
+def test_ppo_defaults(arguments):
+    config = PPOConfig(**arguments)
+    assert (config.num_generations, config.num_iterations) == (4, 4)
+    assert (config.gamma, config.gae_lambda, config.vf_coef, config.cliprange_value) == (1.0, 0.95, 0.5, 0.2)
+    proxy = ProxyPPOConfig(**arguments)
+    assert (proxy.beta, proxy.gradient_checkpointing) == (0.0, False)
+    assert (proxy.num_generations, proxy.replay_rollouts, proxy.num_generations_eval) == (4, 4, 1)
+    assert ProxyConfig().pooled_features
+    assert PPOConfig(num_generations=1, **arguments).num_generations == 1  # RLOO itself needs two
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("cls", "field", "value"),
+    [
+        (PPOConfig, "gamma", 1.5),
+        (PPOConfig, "gamma", NAN),
+        (PPOConfig, "gae_lambda", -0.1),
+        (PPOConfig, "reward_timeout", 0.0),
+        (PPOConfig, "reward_timeout", -1.0),
+        (PPOConfig, "reward_timeout", NAN),
+        (PPOConfig, "use_vllm", True),
+        (PPOConfig, "use_transformers_continuous_batching", True),
+        (ProxyPPOConfig, "gradient_checkpointing", True),
+        (ProxyPPOConfig, "sync_ref_model", True),
+    ],
+)
+def test_ppo_refuses_by_name(arguments, cls, field, value):
+    with pytest.raises(ValueError, match=f"`{field}"):
+        cls(**arguments, **{field: value})
+
+
+@pytest.mark.fault
+def test_ppo_refuses_beams(arguments):
+    with pytest.raises(ValueError, match="`num_beams` above 1"):
+        PPOConfig(**arguments, generation_kwargs={"num_beams": 4})
+    assert PPOConfig(**arguments, generation_kwargs={"num_beams": 1}).generation_kwargs == {"num_beams": 1}
+
+
+@pytest.mark.fault
+def test_ppo_keeps_the_checks_of_its_parent(arguments):
+    """One generation is allowed, but a batch that does not divide is still refused."""
+    with pytest.raises(ValueError, match="divisible"):
+        PPOConfig(**arguments, num_generations=3, per_device_train_batch_size=4, gradient_accumulation_steps=1)

@@ -1,0 +1,88 @@
+"""trl_proxy/card.py: a proxy's card says what it is and what was measured, and the model uploads one."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy.modeling import saving
+from trl_proxy.modeling.card import add_results, proxy_card
+
+RECORD = {
+    "dataset": "embedded/test@sha256:0123",
+    "reward_model": "embedded",
+    "n_prompts": 256,
+    "max_new_tokens": 24,
+    "reward_mean": 0.67,
+    "reward_ci95": [0.6, 0.75],
+    "delta_vs_sft": 0.41,
+    "delta_ci95": [0.33, 0.5],
+    "gold_delta_vs_sft": None,
+    "win_rate_vs_sft": 0.71,
+    "win_rate_ci95": [0.65, 0.76],
+    "lm_logprob_per_token": -1.23,
+}
+
+
+def config(**values) -> ProxyConfig:
+    return ProxyConfig(hidden_size=64, embedding_size=64, **values)
+
+
+def test_results_are_for_readers_and_for_the_hub(tmp_path):
+    path = tmp_path / "README.md"
+    proxy_card(config(base_model_name_or_path="owner/lm"), 5, 1005, revision="abc").save(path)
+    before = path.read_text()
+    add_results(path, RECORD)
+    once = path.read_text()
+    add_results(path, RECORD | {"delta_vs_sft": 0.3})
+    add_results(path, RECORD)
+    assert path.read_text() == once, "the latest evaluation alone"
+    assert "- gain over the LM's greedy decoding: 0.410 (95 % interval 0.330 to 0.500)\n" in once
+    assert "gold" not in once
+    assert "Measured on 256 prompts (embedded/test@sha256:0123)" in once
+    (index,) = ModelCard.load(path).data.to_dict()["model-index"]
+    metrics = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    assert metrics["delta_vs_sft"] == 0.41
+    assert set(metrics) == {"reward_mean", "delta_vs_sft", "win_rate_vs_sft", "lm_logprob_per_token"}
+    assert all(line in once for line in before.partition("# proxy")[2].splitlines()), "nothing else is lost"
+
+
+@pytest.mark.parametrize(("base", "on_hub"), [("owner/lm", True), ("/some/folder", False), ("embedded", False)])
+def test_the_lm_and_its_revision_are_named(base, on_hub, tmp_path):
+    base = str(tmp_path) if base == "/some/folder" else base
+    card = proxy_card(config(base_model_name_or_path=base), 888, 100_888, revision="abc")
+    assert f'from_pretrained("{base}", revision="abc")' in card.text
+    assert "888 parameters, 0.89 % of the LM's" in card.text
+    assert card.data.base_model == (base if on_hub else None)
+
+
+class Hub:
+    """What `push_to_hub` calls, without a network."""
+
+    def __init__(self, token=None):
+        self.files = {}
+
+    def create_repo(self, repo_id, private, exist_ok):
+        return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+    def file_exists(self, repo_id, name):
+        assert repo_id == "me/proxy"
+        return name in self.there
+
+    def upload_folder(self, repo_id, folder_path, commit_message, revision):
+        Hub.uploaded = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return f"https://hub/{repo_id}/commit/1"
+
+
+@pytest.mark.parametrize("there", [set(), {"README.md"}])
+def test_an_upload_has_a_card_unless_there_is_one(tiny_lm, monkeypatch, there):
+    monkeypatch.setattr(saving, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "there", there, raising=False)
+    model = ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(p_t=0.125))
+    assert model.push_to_hub("proxy") == "https://hub/me/proxy/commit/1"
+    assert set(Hub.uploaded) == {"proxy_config.json", "proxy_model.safetensors", "README.md"} - there
+    if not there:
+        card = Hub.uploaded["README.md"].decode()
+        assert "- `p_t`: 0.125" in card
+        assert "How it was trained is not recorded here." in card

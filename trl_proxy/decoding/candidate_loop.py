@@ -1,0 +1,249 @@
+"""The loop of candidate features: every row feeds its own next candidates to the LM, and keeps or overwrites them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+
+from ..core.candidates import Candidates, propose_for
+from ..core.features import state_size
+from ..core.gate import decide
+from ..core.rollout import CandidateDecisions
+from .hidden_states import HiddenStateHook
+from .pooling import running_sums, with_mean
+from .row_cache import RowCache
+
+# With at most this many unfinished rows, the next candidates of a position are judged in one forward. A few more
+# tokens are nearly free if a forward mostly reads the LM's weights. On a CPU this is true in bfloat16: at batch 1, 4
+# tokens cost 1.1 times as much as one token, but 1.4 times in float32 (docs/log.md).
+TREE_ROWS = {("cpu", torch.bfloat16): 4, ("cpu", torch.float32): 0}
+TREE_ROWS_ELSEWHERE = 2
+TREE_CANDIDATES = 4  # more are rarely reached, and each makes the forward more expensive
+
+
+class _Active(NamedTuple):
+    """The A rows that are not finished."""
+
+    rows: torch.Tensor  # (A,) index in the batch
+    length: torch.Tensor  # (A,) accepted tokens
+    prompt_lengths: torch.Tensor  # (A,) without padding
+    visible: torch.Tensor  # (A, slots) 0/1, those that attention sees
+    rank: torch.Tensor  # (A,) which candidate is on offer
+    token_ids: torch.Tensor  # (A, K) candidates
+    log_probs: torch.Tensor  # (A, K)
+    last: torch.Tensor  # (A,) rank of the last candidate
+
+    def select(self, keep: torch.Tensor) -> "_Active":
+        return _Active(*(x[keep] for x in self))
+
+    def at_rank(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(-1, self.rank[:, None])[:, 0]
+
+
+class CandidateLoop:
+    """The state of [`candidate_decode`], in order of use: prefill, then offers until all rows end."""
+
+    def __init__(self, lm, input_ids, processors, criteria, generation_config, config, streamer, tree):
+        self.lm, self.config, self.streamer, self.tree = lm, config, streamer, tree
+        self.processors, self.criteria = processors, criteria
+        self.other_criteria = any(not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)) for c in criteria)
+        self.batch, self.prompt_width = input_ids.shape
+        self.device, self.capacity = input_ids.device, generation_config.max_length
+        self.max_new_tokens = self.capacity - self.prompt_width
+        eos, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+        self.eos = torch.zeros(0, dtype=torch.long, device=self.device) if eos is None else eos
+        self.sequences = input_ids.new_full((self.batch, self.capacity), 0 if pad is None else int(pad))
+        self.sequences[:, : self.prompt_width] = input_ids
+        self.tokens, self.rejections, self.forced, self.forwards = input_ids.new_zeros(4, self.batch)
+        self.token_log_probs = torch.zeros(self.batch, device=self.device)
+
+    def prefill(self, input_ids, attention_mask, repeats: int, keep_logits: dict) -> None:
+        """Reads the prompts, each distinct one once, and forms the first candidates."""
+        slots = self.capacity + TREE_CANDIDATES - 1  # room for a tree at the last position
+        self.cache = RowCache(self.lm.config.get_text_config().num_hidden_layers, self.prompt_width, slots)
+        with HiddenStateHook(self.lm, self.config.feature_layers) as states:
+            output = self.lm(
+                input_ids=input_ids[::repeats],
+                attention_mask=attention_mask[::repeats],
+                position_ids=(attention_mask[::repeats].cumsum(-1) - 1).clamp(min=0),
+                past_key_values=self.cache,
+                use_cache=True,
+                **keep_logits,
+            )
+        rows = torch.arange(self.batch, device=self.device)
+        if self.config.pooled_features:
+            total, _ = running_sums(states.hidden, attention_mask[::repeats])
+            self.total = total[:, -1].repeat_interleave(repeats, dim=0)
+        # Decisions of no rows, so that a batch without any decision has a record of the right shapes.
+        none, state = input_ids.new_zeros(0), states.state.new_zeros(0, state_size(self.config))
+        self.events = [CandidateDecisions(none, state, none, none, none.bool(), none.float())]
+        logits = output.logits[:, -1]
+        if repeats > 1:
+            self.cache.select_rows(rows // repeats)
+            logits = logits.repeat_interleave(repeats, dim=0)
+        self.forwards += 1
+        zeros = torch.zeros_like(rows)
+        visible = self.sequences.new_zeros(self.batch, slots)
+        visible[:, : self.prompt_width] = attention_mask
+        candidates = self._propose(rows, zeros, logits)
+        self.active = _Active(
+            rows, zeros, attention_mask.sum(-1), visible, zeros, *candidates[:2], last=candidates.counts - 1
+        )
+
+    def offer(self, judge, threshold: float, sample: bool, keep_hidden: bool) -> None:
+        """Offers each active row its next candidate, or its next few as a tree, in one forward of the LM."""
+        # A forced token that ends its response needs no forward, as in plain decoding.
+        token, forced = self.active.at_rank(self.active.token_ids), self.active.rank == self.active.last
+        if (over := forced & self._is_final(token)).any():
+            self._accept(over.nonzero()[:, 0], token, forced, over)
+            self._keep((~over).nonzero()[:, 0])
+            if not len(self.active.rows):
+                return
+
+        active = self.active
+        rows = torch.arange(len(active.rows), device=self.device)
+        n = min(int((active.last - active.rank).max()) + 1, TREE_CANDIDATES) if self._as_tree() else 1
+        ranks = active.rank[:, None] + torch.arange(n, device=self.device)  # (A, n)
+        tokens = active.token_ids.gather(1, torch.minimum(ranks, active.last[:, None]))
+        asked = ranks < active.last[:, None]
+        accept = ranks == active.last[:, None]
+        state: Any = None
+
+        def select(hidden: torch.Tensor) -> torch.Tensor:
+            """Decides before the LM's head, which runs only for rows that need new candidates."""
+            nonlocal state
+            if asked.any():
+                state = self._state(states.hidden)
+                rows_asked = active.rows[:, None].expand_as(asked)[asked]
+                accept[asked] = decide(judge(state[asked], rows_asked), threshold, sample)
+            first = accept.long().argmax(-1)
+            return hidden[rows, first][accept[rows, first] & ~self._is_final(tokens[rows, first])]
+
+        slots = self.prompt_width + active.length
+        visible = active.visible.scatter(1, slots[:, None], 1)
+        width = self.cache.set_write_positions(slots, n)
+        with HiddenStateHook(self.lm, self.config.feature_layers, select) as states:
+            output = self.lm(
+                input_ids=tokens,
+                attention_mask=visible[:, :width] if n == 1 else self._tree_mask(active.visible[:, :width]),
+                position_ids=(active.prompt_lengths + active.length)[:, None].expand(-1, n),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        first = accept.long().argmax(-1)
+        taken = accept[rows, first]
+        self.forwards[active.rows] += 1
+        self.rejections[active.rows] += torch.where(taken, first, n)
+        if keep_hidden and asked.any():
+            self._record(state, tokens, ranks, asked, accept)
+        if self.config.pooled_features:
+            self.total[active.rows[taken]] += states.hidden[rows, first][taken].float()
+        self._advance(tokens, first, taken, slots, visible, output.logits)
+
+    def _record(self, state, tokens, ranks, asked, accept) -> None:
+        """Keeps the decisions of this forward, `(A, n)` each, up to the first that accepts."""
+        active, first = self.active, accept.long().argmax(-1)
+        taken = accept.any(-1)
+        decided = asked & ((ranks - active.rank[:, None] <= first[:, None]) | ~taken[:, None])
+        # (1) Forced last candidate: a position's last decision accepts, or rejects all but the last candidate. The
+        # last one is then accepted, so its log-probability is recorded.
+        to_last = ~accept & (ranks + 1 == active.last[:, None])
+        log_probs = active.log_probs.gather(1, (ranks + to_last).clamp(max=active.log_probs.shape[1] - 1))
+        log_probs = torch.where(accept | to_last, log_probs, 0.0)
+        places = (x[:, None].expand_as(ranks) for x in (active.rows, active.length))
+        row, length, hidden, *rest = (x[decided] for x in (*places, state, tokens, accept, log_probs))
+        self.events.append(CandidateDecisions(row, hidden, length, *rest))
+
+    def _advance(self, tokens, first, taken, slots, visible, logits) -> None:
+        """Moves every row on: to its next position if a candidate was accepted, else to its next candidates."""
+        rows, n = torch.arange(len(tokens), device=self.device), tokens.shape[1]
+        self.active = active = self.active._replace(rank=self.active.rank + first, visible=visible)
+        moved = (taken & (first > 0)).nonzero()[:, 0]
+        if len(moved):
+            self.cache.move(moved, slots[moved] + first[moved], slots[moved])
+        token, forced = tokens[rows, first], active.rank == active.last
+        final = self._is_final(token)
+        ended = self._accept(taken.nonzero()[:, 0], token, forced, final)
+        active = self.active._replace(rank=torch.where(taken, 0, active.rank + n))
+        # (3) EOS: a row whose accepted token is final gets no new candidates.
+        going = (taken & ~final).nonzero()[:, 0]
+        if len(going):
+            new = self._propose(active.rows[going], active.length[going], logits.view(len(going), -1))
+            active = active._replace(
+                token_ids=active.token_ids.index_copy(0, going, new.token_ids),
+                log_probs=active.log_probs.index_copy(0, going, new.log_probs),
+                last=active.last.index_copy(0, going, new.counts - 1),
+            )
+        self.active = active
+        if ended.any():
+            self._keep((~ended).nonzero()[:, 0])
+
+    def _state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the gate reads of the candidates just fed, `(A, n, state_size)`: their states. With pooled features,
+        each is followed by the mean of the states up to and including it."""
+        if not self.config.pooled_features:
+            return hidden
+        total = self.total[self.active.rows, None] + hidden.float()
+        count = self.active.prompt_lengths + self.active.length + 1
+        return with_mean(hidden, total, count[:, None, None])
+
+    def _is_final(self, token: torch.Tensor) -> torch.Tensor:
+        """`(A,)` bool: whether accepting this token ends the row."""
+        return torch.isin(token, self.eos) | (self.active.length + 1 >= self.max_new_tokens)
+
+    def _as_tree(self) -> bool:
+        if self.tree is not None:
+            return self.tree
+        return len(self.active.rows) <= TREE_ROWS.get((self.device.type, self.lm.dtype), TREE_ROWS_ELSEWHERE)
+
+    def _tree_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """The additive attention mask, `(A, 1, n, width)`: a candidate sees the accepted tokens and itself."""
+        slots = self.cache.slots  # (A, n)
+        accepted = visible.scatter(1, slots, 0)[:, None].repeat(1, slots.shape[1], 1)
+        seen = accepted.scatter(2, slots[..., None], 1)[:, None].to(self.lm.dtype)
+        return (1 - seen) * torch.finfo(self.lm.dtype).min
+
+    def _accept(self, which: torch.Tensor, token, forced, final) -> torch.Tensor:
+        """Appends `token` to the active rows `which`; returns for every active row whether it ends, `(A,)`."""
+        ended = torch.zeros_like(final)
+        if not len(which):
+            return ended
+        active = self.active
+        rows = active.rows[which]
+        self.sequences[rows, self.prompt_width + active.length[which]] = token[which]
+        self.tokens[rows] += 1
+        self.forced[rows] += forced[which].long()
+        self.token_log_probs[rows] += active.at_rank(active.log_probs)[which]
+        self.active = active = active._replace(length=active.length.index_add(0, which, torch.ones_like(which)))
+        ended[which] = final[which]
+        if self.other_criteria:
+            ended[which] |= self._by_length(rows, active.length[which], lambda ids, _: self.criteria(ids, None))
+        if self.streamer is not None:
+            self.streamer.put(token[which].cpu())
+        return ended
+
+    def _keep(self, keep: torch.Tensor) -> None:
+        """Removes all other rows from the batch and the cache."""
+        self.active = self.active.select(keep)
+        if len(keep):
+            self.cache.select_rows(keep)
+
+    def _propose(self, rows: torch.Tensor, length: torch.Tensor, logits: torch.Tensor) -> Candidates:
+        if self.processors:
+            logits = logits.float()
+            logits = self._by_length(rows, length, lambda ids, group: self._process(ids, logits[group], rows[group]))
+        return propose_for(self.config, logits)
+
+    def _process(self, ids: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Runs the processors on all rows, because some (the repetition penalty) keep a value per row of the batch."""
+        everyone = scores.new_zeros(self.batch, scores.shape[-1]).index_copy_(0, rows, scores)
+        return self.processors(self.sequences[:, : ids.shape[1]], everyone)[rows]
+
+    def _by_length(self, rows: torch.Tensor, length: torch.Tensor, call) -> torch.Tensor:
+        """`call(ids, group)` on rows of equal length: processors and criteria need rectangular ids."""
+        results, order = [], []
+        for n in length.unique().tolist():
+            group = (length == n).nonzero()[:, 0]
+            results.append(call(self.sequences[rows[group], : self.prompt_width + n], group))
+            order.append(group)
+        return torch.cat(results)[torch.cat(order).argsort()]

@@ -1,0 +1,114 @@
+"""What the gate reads: hidden states of the frozen LM, seen by hooks while it runs (SKAM's features, arXiv 2403.04283,
+section 3). The LM is not changed, and nothing is computed twice."""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+
+def without_peft(lm: nn.Module) -> nn.Module:
+    """The LM itself, without PEFT's wrapper."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def body_of(lm: nn.Module) -> nn.Module:
+    """The LM without its head and without PEFT's wrapper."""
+    return without_peft(lm).base_model
+
+
+@contextmanager
+def record_body(lm: nn.Module):
+    """A list that gets the last hidden states `(batch, length, hidden_size)` of every forward of the LM's body."""
+    body: list[torch.Tensor] = []
+    hook = body_of(lm).register_forward_hook(lambda _m, _a, output: body.append(output.last_hidden_state))
+    try:
+        yield body
+    finally:
+        hook.remove()
+
+
+def reader_of(lm: nn.Module, layer: int) -> nn.Module | None:
+    """The LM's layer that reads a hidden state, counted as in transformers' `hidden_states`; None for the last state,
+    which the head reads. `ValueError` if there is no such layer."""
+    count = lm.config.get_text_config().num_hidden_layers
+    if not -count - 1 <= layer <= count:
+        raise ValueError(
+            f"`feature_layers` has {layer}, {type(lm).__name__} has {count} layers: take -{count + 1} to {count}."
+        )
+    if layer in (-1, count):
+        return None
+    layers = next((m for m in body_of(lm).modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    if layers is None:
+        raise ValueError(f"{type(lm).__name__} has no list of layers: leave `feature_layers` at [-1].")
+    return layers[layer % (count + 1)]
+
+
+class HiddenStateHook:
+    """Context manager that sees hidden states of the LM in every forward.
+
+    Args:
+        layers: the layers to see, as in `ProxyConfig.feature_layers`.
+        select: called with the states `(batch, positions, hidden_size)` before the head, when `hidden` is known. It
+            returns the states that the head runs on. The head is a fifth of a small LM's work.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        layers: Sequence[int] = (-1,),
+        select: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.lm, self.select = lm, select
+        self.readers = {layer: reader_of(lm, layer) for layer in layers}
+        self.seen: dict[int, torch.Tensor] = {}
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for layer, reader in self.readers.items():
+            if reader is None:
+                see = functools.partial(self._see_last, layer)
+                self.hooks.append(body_of(self.lm).register_forward_hook(see))
+            else:
+                see = functools.partial(self._see, layer)
+                self.hooks.append(reader.register_forward_pre_hook(see, with_kwargs=True))
+        self.hooks.append(self.lm.get_output_embeddings().register_forward_pre_hook(self._to_head))
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """States of all positions of the last forward, layers concatenated: `(batch, positions, d)`."""
+        return self._side_by_side(slice(None))
+
+    @property
+    def state(self) -> torch.Tensor:
+        """What the gate reads of the last position, `(batch, state_size)` in the LM's dtype."""
+        return self._side_by_side(-1)
+
+    def expect_shared_prefix(self, length: int, width: int) -> None:
+        """Announces that the next forward reads the `length` tokens that all texts begin with. The forwards after it
+        start at slot `width` of the batch."""
+
+    def _side_by_side(self, positions) -> torch.Tensor:
+        states = [self.seen[layer][:, positions] for layer in self.readers]
+        return torch.cat([x.to(states[-1].device) for x in states], dim=-1) if len(states) > 1 else states[0]
+
+    def _see(self, layer: int, _module, args, kwargs) -> None:
+        self.seen[layer] = args[0] if args else kwargs["hidden_states"]
+
+    def _see_last(self, layer: int, _module, _args, output) -> None:
+        self.seen[layer] = output.last_hidden_state
+
+    def _to_head(self, _module, args):
+        hidden = args[0] if self.select is None else self.select(args[0])
+        # A strided view, such as the last position of a prompt, makes torch expand the head's weights over the batch.
+        # This happens even for one row, for which `contiguous` does nothing.
+        return (hidden.clone(memory_format=torch.contiguous_format), *args[1:])

@@ -1,0 +1,145 @@
+"""Loads a language model, a reward or prompts by name.
+
+The name `embedded` stands for the embedded defaults, which need no GPU and no model hub. All other names are looked up
+on the hub or on the disk, as usual.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .devices import best_device, half_dtype, has_bfloat16, warn_of_emulation
+from .embedded.lm import embedded_lm_path
+from .embedded.prompts import DATA, _embedded_prompts
+from .rewards.checks import import_reward
+from .rewards.classifier import ClassifierReward
+from .rewards.preference import PreferenceReward
+
+logger = logging.get_logger(__name__)
+EMBEDDED = "embedded"
+
+
+def resolve_model(name: str) -> str:
+    """The name of a model for `from_pretrained`; `embedded` becomes the embedded LM's folder."""
+    return str(embedded_lm_path()) if name == EMBEDDED else name
+
+
+def load_lm(
+    name: str = EMBEDDED,
+    dtype: str | torch.dtype | None = None,
+    quantization_config=None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    **kwargs,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer, padding on the left.
+
+    Args:
+        name: `embedded`, a folder or a hub id.
+        dtype: as for `from_pretrained`. By default, and by `auto`, the one the weights are stored in. On a device
+            without bfloat16 it is float32 (a CPU) or float16 (an accelerator).
+        quantization_config, revision, trust_remote_code, kwargs: as for `from_pretrained`.
+        device: the device that the LM will run on; by default the accelerator if there is one. The LM is not moved.
+
+    Raises:
+        `ValueError`: the tokenizer has no end-of-sequence token.
+    """
+    path = resolve_model(name)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code} if path == name else {}
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **shared)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer of {name} has no end-of-sequence token: set `eos_token` in its files.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    target = torch.device(device) if device else best_device()
+    if dtype in (None, "auto"):
+        dtype = "auto" if has_bfloat16(target) else half_dtype(target)
+        if dtype == "float16" and quantization_config is None:
+            logger.warning_once(f"This {target.type} device has no bfloat16: the LM runs in float16.")
+    else:
+        warn_of_emulation(dtype, target)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
+    )
+    model.config._name_or_path = model.name_or_path = name  # PEFT writes the latter into an adapter
+    return model.eval(), tokenizer
+
+
+def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | None = None) -> Dataset:
+    """Prompts as TRL's trainers take them.
+
+    Args:
+        name: `embedded`, a `.json` or `.jsonl` file, or a hub dataset. `embedded` has a conversational `prompt` and
+            its `kind` (`everyday` or `harm_adjacent`). If preference data have no `prompt` (as `Anthropic/hh-rlhf`),
+            it is taken from `chosen`.
+        split: of the dataset. `embedded` has train, validation and test, and one per kind, e.g. train_everyday. Splits
+            add up as on the hub: `train+train_everyday` has the everyday prompts twice.
+
+    Raises:
+        `ValueError`: no such split, no rows, or no `prompt` column.
+    """
+    if name == EMBEDDED:
+        dataset = concatenate_datasets([_embedded_prompts(part) for part in split.split("+")])
+    elif name.endswith((".json", ".jsonl")):
+        if not os.path.isfile(name):
+            raise ValueError(f"There is no dataset file {name}.")
+        try:
+            dataset = Dataset.from_json(name) if os.path.getsize(name) else []
+        except DatasetGenerationError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"The dataset file {name} could not be read ({reason}): fix that line.") from error
+    else:
+        dataset = load_dataset(name, split=split, revision=revision)
+    if len(dataset) == 0:
+        raise ValueError(f"The dataset {name} ({split}) is empty.")
+    if "prompt" not in dataset.column_names and "chosen" in dataset.column_names:
+        dataset = dataset.map(lambda row: {"prompt": _implicit_prompt(row["chosen"])}, remove_columns=["chosen"])
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The dataset {name} has no `prompt` column, only {', '.join(dataset.column_names)}: rename the one that "
+            "holds the prompts."
+        )
+    return dataset
+
+
+def _implicit_prompt(chosen: str | list[dict]) -> list[dict]:
+    """The conversation up to the assistant's last turn, from messages or from HH-RLHF's `\\n\\nHuman: ...` text."""
+    if not isinstance(chosen, str):
+        return chosen[:-1]
+    turns = re.split(r"\n\n(Human|Assistant):", chosen)
+    messages = [
+        {"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
+        for speaker, text in zip(turns[1::2], turns[2::2])
+    ]
+    return messages[:-1]
+
+
+def load_reward(name: str = EMBEDDED):
+    """A reward as TRL's trainers take it.
+
+    Args:
+        name: `embedded` (balanced), `embedded:harmless`, `embedded:helpful`, `embedded:gold` (for
+            evaluation only), a dotted import path of a reward function, or a model id.
+
+    Returns:
+        A callable `(prompts, completions, **columns) -> list[float]`, or the model id itself, which TRL loads.
+    """
+    if name == EMBEDDED or name.startswith(EMBEDDED + ":"):
+        return PreferenceReward.from_pretrained(DATA / "reward", side=name.partition(":")[2] or "balanced")
+    if "/" not in name and "." in name and not Path(name).exists():
+        return import_reward(name)
+    return name
+
+
+def load_callable_reward(name: str | None, *, batch_size: int, device) -> Callable | None:
+    """A reward as a function, for every kind of name; None for None."""
+    reward = None if name is None else load_reward(name)
+    return ClassifierReward(reward, batch_size=batch_size, device=device) if isinstance(reward, str) else reward

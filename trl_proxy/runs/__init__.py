@@ -1,0 +1,1 @@
+"""What the training scripts share: arguments, resuming, the process, the clock and the record."""

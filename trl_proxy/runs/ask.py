@@ -1,0 +1,132 @@
+"""Asks a model with or without a proxy one question, and traces its proposals."""
+
+import argparse
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import TextStreamer, set_seed
+
+from ..decoding.trace import trace, trace_texts
+from ..devices import inference_device
+from ..loading import EMBEDDED, load_lm
+from ..modeling.causal_lm import ProxyModelForCausalLM
+from ..prompts import check_chat_template
+from .arguments import to_device
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the question and its options."""
+    parser = argparse.ArgumentParser(
+        description="Ask a model with or without a proxy one question on the command line."
+    )
+    parser.add_argument("prompt", help="The question.")
+    parser.add_argument("--proxy", help="Folder or hub id of a proxy; the plain LM if not set.")
+    parser.add_argument("--model_name_or_path", default=EMBEDDED, help="`embedded`, a folder or a hub id.")
+    parser.add_argument("--system", help="System prompt.")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="Longest response.")
+    parser.add_argument("--threshold", type=float, help="Alignment strength: above 0 the gate rejects more.")
+    parser.add_argument("--gate_sample", action="store_true", help="Draw the gate's decisions.")
+    parser.add_argument("--trace", action="store_true", help="Show each proposal: accepted, or rejected and marked.")
+    parser.add_argument("--dtype", help="Of the LM, e.g. float32; default: as stored.")
+    parser.add_argument("--seed", type=int, default=0, help="For --gate_sample.")
+    return parser
+
+
+class TracedText(NamedTuple):
+    """The text of a token, whether it was accepted by a decision, and the texts that were rejected before it."""
+
+    text: str
+    asked: bool
+    rejected: list[str]
+
+
+def read_trace(tokenizer, output, prompt_width: int) -> list[TracedText]:
+    """The tokens of the first row's response. Unprintable characters in rejected texts are escaped."""
+    response = output.sequences[0, prompt_width : prompt_width + int(output.decisions.tokens[0])].tolist()
+    tokens = trace(output.rollout, [response])[0]
+    return [
+        TracedText(text, token.asked, list(map(visible, rejected)))
+        for token, (text, rejected) in zip(tokens, trace_texts(tokens, tokenizer), strict=True)
+    ]
+
+
+def visible(text: str) -> str:
+    """The text on one line: a line break, what cannot be printed and a backslash are escaped as in Python."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)
+
+
+def colored_trace(tokens: list[TracedText]) -> Text:
+    """A legend, and the response in colours with its rejected texts struck out."""
+    text = Text.assemble(("accepted", "green"), ", ", ("rejected", "red strike"), ", taken without a decision\n")
+    for token in tokens:
+        for rejected in token.rejected:
+            text.append(rejected, "red strike")
+        text.append(token.text, "green" if token.asked else None)
+    return text
+
+
+def plain_trace(tokens: list[TracedText]) -> str:
+    """A legend, and the response with its rejected texts as `[-text-]`.
+
+    All marks have the same number of dashes. It is the smallest number for which the response has no `[-` and no
+    rejected text has `-]`. So a mark ends at the first `-]` after its `[-`.
+    """
+    response = "".join(token.text for token in tokens)
+    dashes = "-"
+    while f"[{dashes}" in response or any(f"{dashes}]" in rejected for token in tokens for rejected in token.rejected):
+        dashes += "-"
+    mark = f"[{dashes}{{}}{dashes}]".format
+    legend = f"{mark('text')} was rejected; the text after it was accepted in its place\n"
+    return legend + "".join("".join(map(mark, token.rejected)) + token.text for token in tokens)
+
+
+def print_trace(console: Console, tokens: list[TracedText]) -> None:
+    """Prints the trace in colours if the console has them; neither form is wrapped."""
+    if console.color_system is None or console.no_color:
+        print(plain_trace(tokens), file=console.file)  # rich would write spaces for a tab
+    else:
+        console.print(colored_trace(tokens), soft_wrap=True)
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Loads the LM and the proxy and prints the response."""
+    if args.trace and not args.proxy:
+        raise ValueError("--trace shows the decisions of a proxy: name one with --proxy.")
+    set_seed(args.seed)
+    device = inference_device()
+    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, device=device)
+    lm = to_device(lm, device)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages.append({"role": "user", "content": args.prompt})
+    check_chat_template(messages, tokenizer)
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ).to(lm.device)
+    console = Console(highlight=False)
+    if not args.proxy:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.no_grad():
+            lm.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=streamer)
+        return
+    model = ProxyModelForCausalLM.from_pretrained(lm, args.proxy)
+    streamer = None if args.trace else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=args.max_new_tokens,
+        gate_sample=args.gate_sample,
+        threshold=args.threshold,
+        output_rollout=True,
+        streamer=streamer,
+    )
+    decisions = output.decisions
+    if args.trace:
+        print_trace(console, read_trace(tokenizer, output, inputs["input_ids"].shape[1]))
+    console.print(
+        f"{int(decisions.tokens[0])} tokens, {int(decisions.proposals[0])} proposals: {int(decisions.rank_sum[0])} "
+        f"rejected, {int(decisions.accepts[0])} accepted, {int(decisions.forced[0])} without asking; "
+        f"{int(decisions.lm_forwards[0])} LM forwards",
+        style="dim",
+        soft_wrap=True,
+    )

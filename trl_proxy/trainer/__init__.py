@@ -1,0 +1,1 @@
+"""PPO on the gate, and on the LM itself, on top of TRL's RLOOTrainer."""

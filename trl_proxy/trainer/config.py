@@ -1,0 +1,139 @@
+"""Settings of PPO on the gate, [`ProxyPPOConfig`], and on the LM itself, [`PPOConfig`]."""
+
+from dataclasses import dataclass, field
+
+from trl import RLOOConfig
+
+from ..devices import DeviceDefaults
+
+
+@dataclass
+class RewardTimeoutConfig:
+    """A time limit for the reward functions of any training."""
+
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "If a reward function takes longer than this many seconds for a batch, the run ends with a "
+            "checkpoint. The limit stops Python code and network waits, but no computation inside a library."
+        },
+    )
+
+    def __post_init__(self):
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"`reward_timeout` must be above 0, got {self.reward_timeout}.")
+        super().__post_init__()  # type: ignore[misc]  # the arguments after this mixin have it
+
+
+@dataclass
+class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
+    """PPO with a critic on top of TRL's [`~trl.RLOOConfig`]: `num_iterations` are PPO's epochs over a rollout,
+    `steps_per_generation` its minibatches, `epsilon` its clip range."""
+
+    num_generations: int | None = field(
+        default=4,
+        metadata={
+            "help": "Completions per prompt. It must divide the number of responses of a rollout (all processes). "
+            "1 is allowed, because the critic is a baseline too."
+        },
+    )
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    group_baseline: bool = field(
+        default=True,
+        metadata={
+            "help": "With several generations per prompt, subtract the mean reward of the prompt's other responses. "
+            "The critic then need not learn which prompts are easy."
+        },
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from the score of a response that was cut off before its EOS token."},
+    )
+    reward_shaping_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "In training, also score a response after every this many tokens, and reward each change of the "
+            "score at once. The sum stays the finished response's reward. Costs reward calls, saves episodes."
+        },
+    )
+
+    def __post_init__(self):
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # RLOO needs two generations for its leave-one-out baseline, and that check is the parent's last statement.
+            if not (self.num_generations == 1 and "at least 2 generations" in str(error)):
+                raise
+        for name in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if self.reward_shaping_tokens is not None and self.reward_shaping_tokens < 1:
+            raise ValueError(f"`reward_shaping_tokens` must be at least 1, got {self.reward_shaping_tokens}.")
+        if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:
+            raise ValueError(f"`missing_eos_penalty` must be above 0, got {self.missing_eos_penalty}.")
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+            # Every update uses all trained parameters. DDP's search would miss the critic, which runs after `forward`.
+            self.ddp_find_unused_parameters = False
+        if self.use_vllm:
+            raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
+        if self.use_transformers_continuous_batching:
+            raise ValueError(
+                "`use_transformers_continuous_batching=True` is not supported: rollouts need the record of decisions "
+                "that `generate` keeps; set it to False."
+            )
+        if (self.generation_kwargs or {}).get("num_beams", 1) > 1:
+            raise ValueError("`num_beams` above 1 is not supported: a rollout samples; remove it.")
+
+
+@dataclass
+class ProxyPPOConfig(PPOConfig):
+    """PPO on the gate alone. Defaults suit any reward and are the best we measured: see docs/method.md."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW on the gate."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Must stay False: the update runs only the gate."}
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL penalty to the frozen LM, per decision; needs no second LM."}
+    )
+    lm_logp_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the frozen LM's log-probability of a token, paid to the decision that lets it through. "
+            "It keeps responses plausible. Unlike `beta`, it does not push the gate towards indecision."
+        },
+    )
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Completions per prompt in evaluation. Decoding is greedy, so 1 is enough."}
+    )
+    replay_rollouts: int = field(
+        default=4,
+        metadata={
+            "help": "Number of latest rollouts that an update learns from. Minibatches hold this many times more "
+            "responses and need more memory. The LM does not run again."
+        },
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Responses decoded at once on each device; default: the whole rollout."}
+    )
+    offload_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the hidden states of rollouts, their largest part, in the host's memory. The device gets "
+            "them one minibatch at a time."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gradient_checkpointing:
+            raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
+        if self.replay_rollouts < 1:
+            raise ValueError(f"`replay_rollouts` must be at least 1, got {self.replay_rollouts}.")
+        if self.sync_ref_model:
+            raise ValueError("`sync_ref_model=True` is not supported: the frozen LM is the reference; set it False.")

@@ -1,0 +1,292 @@
+"""[`ProxyPPOTrainer`]: PPO on the gate (arXiv 2403.04283, section 3). The LM runs only in the rollout."""
+
+import copy
+import os
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.utils import pad
+
+from ..core.config import WEIGHTS_NAME, proxy_file
+from ..core.rollout import Decisions, Rollout
+from ..modeling.card import CITATION, proxy_card
+from ..modeling.causal_lm import ProxyModelForCausalLM
+from ..modeling.proxies import WeightedProxy
+from ..prompts import check_prompt_lengths
+from .actor_critic import ActorCriticTrainer
+from .config import ProxyPPOConfig
+from .replay import ReplayBuffer, concatenate, is_read_by_loss
+
+# About how many decisions are judged at once outside the update.
+_CHUNK = 8192
+
+
+class ProxyPPOTrainer(ActorCriticTrainer):
+    """Trains a proxy by PPO on the reward of the finished responses; the LM stays frozen.
+
+    Args:
+        model ([`ProxyModelForCausalLM`]): the frozen LM with the proxy to train.
+        reward_funcs, train_dataset, eval_dataset, processing_class, callbacks, ...: as for [`~trl.RLOOTrainer`].
+        args ([`ProxyPPOConfig`], *optional*): training settings.
+
+    Example:
+
+    ```python
+    >>> trainer = ProxyPPOTrainer(
+    ...     model=ProxyModelForCausalLM(lm, ProxyConfig()),
+    ...     reward_funcs=my_reward,
+    ...     args=ProxyPPOConfig(output_dir="proxy"),
+    ...     train_dataset=dataset,
+    ...     processing_class=tokenizer,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "trl-proxy", "proxy-ppo"]
+    _name = "Proxy-RLHF"
+    _paper = {
+        "title": "Proxy-RLHF: Decoupling Generation and Alignment in Large Language Model with Proxy",
+        "id": "2403.04283",
+        "citation": CITATION,
+    }
+
+    def __init__(self, model, reward_funcs, args: ProxyPPOConfig | None = None, processing_class=None, **kwargs):
+        if not isinstance(model, ProxyModelForCausalLM):
+            raise TypeError(
+                f"`model` must be a ProxyModelForCausalLM, got {type(model).__name__}: wrap the LM with "
+                "`ProxyModelForCausalLM(lm, ProxyConfig())`."
+            )
+        if isinstance(model.proxy, WeightedProxy):
+            raise ValueError(f"The proxy {model.active_proxy!r} is a sum of others: train one of those.")
+        args = args or ProxyPPOConfig(output_dir="proxy-ppo")
+        if args.temperature not in (1.0, model.proxy_config.temperature):
+            raise ValueError(
+                f"`temperature` is {args.temperature} in the training arguments and {model.proxy_config.temperature} "
+                "in the proxy: set it only in ProxyConfig."
+            )
+        fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if fsdp or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"{'FSDP' if fsdp else 'ZeRO-3'} is not supported: it would shard the frozen LM. Use "
+                "scripts/accelerate_configs/multi_gpu.yaml, and --load_in_4bit if the LM is too large for one GPU."
+            )
+        if processing_class is not None and processing_class.eos_token_id is None:
+            raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
+        # RLOO's own `beta` would load a second LM as reference. Our rollout already has the frozen LM's log-probs.
+        without_reference = copy.copy(args)
+        without_reference.beta = 0.0
+        super().__init__(
+            model=model, reward_funcs=reward_funcs, args=without_reference, processing_class=processing_class, **kwargs
+        )
+        self.args.beta = args.beta
+        for dataset in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
+            check_prompt_lengths(
+                dataset, self._tokenizer, model.config, args.max_completion_length, args.chat_template_kwargs
+            )
+        self._rollout: Any = None  # the latest Rollout, until `_collect` takes it
+        self._replay = ReplayBuffer(args.replay_rollouts)
+
+    # Rollout
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        device = self.accelerator.device
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        training = self.model.training
+        prompts = [torch.tensor(ids) for ids in prompt_ids]
+        # TRL repeats a prompt once per generation; the LM reads it once.
+        repeats = self.num_generations if training else self.num_generations_eval
+        if any(prompt_ids[i] != prompt_ids[i - i % repeats] for i in range(len(prompt_ids))):
+            repeats = 1
+        prompts = prompts[::repeats]
+        size = max((self.args.rollout_batch_size or len(prompt_ids)) // repeats, 1)
+        started = time.perf_counter()
+        completions, decisions, rollouts = [], [], []
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            ids = pad(chunk, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
+            mask = pad([torch.ones_like(x) for x in chunk], padding_value=0, padding_side="left").to(device)
+            output = model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=self.generation_config,
+                num_return_sequences=repeats,
+                # Training explores; evaluation does what deployment does.
+                gate_sample=training,
+                output_rollout=True,
+            )
+            responses = output.sequences[:, ids.shape[1] :]
+            lengths = output.decisions.tokens.tolist()
+            completions += [row[:n] for row, n in zip(responses.tolist(), lengths, strict=True)]
+            decisions.append(output.decisions)
+            rollout = output.rollout
+            rollouts.append(rollout._replace(hidden=self._stored(rollout.hidden)))
+        self._rollout = rollouts[0] if len(rollouts) == 1 else Rollout(*map(concatenate, zip(*rollouts)))
+        self._log_rollout(Decisions(*map(torch.cat, zip(*decisions))), time.perf_counter() - started)
+        return completions
+
+    def _stored(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states of a rollout on the device that keeps them until an update."""
+        return hidden.cpu() if self.args.offload_rollouts else hidden.to(self.accelerator.device)
+
+    def _log_rollout(self, decisions: Decisions, seconds: float) -> None:
+        rollout = self._rollout
+        local = [
+            decisions.tokens.sum(),
+            decisions.lm_forwards.sum(),
+            decisions.rank_sum.sum(),
+            rollout.mask.sum(),
+            (rollout.accept & rollout.mask).sum(),
+            rollout.token_log_probs.sum(),
+            len(rollout.mask),
+        ]
+        local = torch.tensor([float(x) for x in local], dtype=torch.float64, device=self.accelerator.device)
+        total = self.accelerator.reduce(local.float() if local.device.type == "mps" else local, reduction="sum")
+        tokens, forwards, rejections, asked, accepted, log_prob, episodes = total.tolist()
+        self._log_scalars(
+            {
+                "accept_rate": accepted / max(asked, 1),
+                "decisions_per_token": asked / tokens,
+                "lm_forwards_per_token": forwards / tokens,
+                "accepted_rank": rejections / tokens,
+                "lm_logp_per_token": log_prob / tokens,
+                "episodes_per_second": episodes / seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+        )
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        # PPO on the gate does not need RLOO's log-probs of whole responses under the LM.
+        zeros = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
+        return zeros, zeros, None
+
+    def _collect(self, output):
+        rollout, self._rollout = self._rollout, None
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        size = max(_CHUNK // rollout.mask.shape[1], 1)
+        chunks = [Rollout(*(x[i : i + size] for x in rollout)) for i in range(0, len(rollout.mask), size)]
+        with torch.no_grad():
+            if self.model.training and model.gate.is_new:
+                self._standardise(model, chunks)
+            judged = [model(gate_features=model.rollout_features(chunk)) for chunk in chunks]
+        logits = torch.cat([x.accept_logits for x in judged]) - model.proxy_config.threshold
+        log_probs, _ = _bernoulli(logits, rollout.accept[rollout.mask])
+        # (7) Sign of the KL: KL(gated LM || LM) is the mean of log pi(token) - log p(token) over the gate's own paths.
+        kl = torch.stack([log_probs.sum() - rollout.token_log_probs.sum(), output["completion_mask"].sum().float()])
+        kl = self.accelerator.reduce(kl, reduction="sum")
+        self._log_scalars({"kl": (kl[0] / kl[1]).item()})
+        batch = {
+            "action_mask": rollout.mask,
+            "action_positions": rollout.positions,
+            "action_log_probs": _unflatten(log_probs, rollout.mask),
+            "state_values": _unflatten(torch.cat([x.state_values for x in judged]), rollout.mask),
+            **{f"rollout_{name}": value for name, value in rollout._asdict().items()},
+        }
+        beta, coef = self.args.beta, self.args.lm_logp_coef
+        if beta or coef:
+            # (7) Sign of the KL: it is a penalty, so `beta` pays log p - log pi, and `lm_logp_coef` pays log p alone.
+            # (2) Decision mask: a position without a decision has nothing to learn from.
+            price = (beta + coef) * rollout.lm_log_probs - beta * batch["action_log_probs"]
+            batch["step_rewards"] = price * rollout.mask
+        return batch
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training or self.args.replay_rollouts == 1:
+            return output
+        return self._replay.add({name: output[name] for name in output if is_read_by_loss(name)})
+
+    def _replay_file(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"replay_{self.accelerator.process_index}.safetensors")
+
+    def _save_rng_state(self, output_dir):
+        """Saves the random state and the rollouts of each process. The rollouts are saved here because the checksums
+        are written afterwards."""
+        super()._save_rng_state(output_dir)
+        self._replay.save(self._replay_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and os.path.isfile(path := self._replay_file(checkpoint)):
+            device = self.accelerator.device
+            self._replay.load(path, lambda name, x: self._stored(x) if name == "rollout_hidden" else x.to(device))
+
+    def _standardise(self, model: ProxyModelForCausalLM, chunks: list[Rollout]) -> None:
+        """Sets the moments of the gate's input, from the first rollout of all processes: observation normalisation
+        (Andrychowicz et al. 2021, arXiv 2006.05990, section 3.3). They never change afterwards. A new gate's decisions
+        do not depend on them."""
+        size = sum(model.gate.part_sizes)
+        sums = torch.zeros(2 * size + 1, device=self.accelerator.device)
+        for chunk in chunks:
+            parts, _ = model.gate.normalise(model.rollout_features(chunk))
+            sums += torch.cat([parts.sum(0), parts.square().sum(0), parts.new_tensor([len(parts)])])
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").split([size, size, 1])
+        mean, square = (x / count.clamp(min=1) for x in sums)
+        if count > 1:
+            for network in (model.gate, model.critic):
+                network.standardise(mean, (square - mean.square()).clamp(min=0).sqrt())
+
+    # Update
+
+    def _evaluate_actions(self, model, inputs):
+        rollout = Rollout(*(inputs[f"rollout_{name}"] for name in Rollout._fields))
+        proxy_model = self.accelerator.unwrap_model(self.model_wrapped)
+        with torch.no_grad():
+            features = proxy_model.rollout_features(rollout)
+        # (1) (2) Forced candidates and padding are not in `features`: they have no log-probability and no value.
+        output = model(gate_features=features)
+        logits = output.accept_logits - proxy_model.proxy_config.threshold
+        log_probs, entropies = _bernoulli(logits, rollout.accept[rollout.mask])
+        return tuple(_unflatten(x, rollout.mask) for x in (log_probs, entropies, output.state_values))
+
+    # Checkpoints hold only the proxy
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Writes the card of a proxy, in place of TRL's card of a fine-tuned model."""
+        if not self.is_world_process_zero():
+            return
+        rewards = ", ".join(
+            f"{weight:g} x `{name}`"
+            for name, weight in zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        )
+        measured = [log["eval_reward"] for log in self.state.log_history if "eval_reward" in log]
+        training = (
+            f"It was trained by PPO with `trl-proxy` on {dataset_name or 'the prompts given to the trainer'} for "
+            f"{self.state.global_step} steps, on the reward {rewards}."
+        )
+        if measured:
+            training += (
+                f" On the validation prompts the reward was {measured[0]:.3f} at first, {max(measured):.3f} at best."
+            )
+        card = proxy_card(
+            self.model.proxy_config,
+            *self.model.get_nb_trainable_parameters(),
+            revision=getattr(self.model.lm.config, "_commit_hash", None),
+            training=training,
+            name=model_name,
+            dataset=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+        )
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        model.proxy.load_weights(proxy_file(resume_from_checkpoint, WEIGHTS_NAME))
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _bernoulli(logits: torch.Tensor, accept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each accept or reject `(N,)`, and the entropy of that decision."""
+    log_prob = -F.binary_cross_entropy_with_logits(logits, accept.to(logits), reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits, torch.sigmoid(logits), reduction="none")
+    return log_prob, entropy
+
+
+def _unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Puts `(N,)` values at the True entries of `mask` `(B, D)`; the rest is zero."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
