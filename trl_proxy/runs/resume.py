@@ -51,14 +51,18 @@ def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> st
     if not os.path.isfile(path):
         raise ValueError(f"{output_dir} holds a checkpoint of something else: choose another --output_dir.")
     before = read_json(path)
-    changed = sorted(key for key in run.keys() | before.keys() if run.get(key) != before.get(key))
-    if changed:
+    if changed := changed_keys(before, run):
         raise ValueError(
             f"{output_dir} holds the checkpoint of another run (different: {', '.join(changed)}): choose another "
             "--output_dir, or start anew with --overwrite_output_dir."
         )
     check_checkpoint(last)
     return last
+
+
+def changed_keys(before: dict, now: dict) -> list[str]:
+    """Keys of two sets of settings whose values differ, sorted."""
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def read_json(path: str | os.PathLike) -> dict:
