@@ -8,9 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from eval.comparison import Comparison
+from eval.comparison import Comparison, mean_over_seeds
 from eval.records import PER_PROMPT
 from trl_proxy.files import write_text
 
@@ -57,12 +55,8 @@ class Row(NamedTuple):
     intervals: dict[str, list[float] | None]
 
     def mean(self, *keys: str) -> float | None:
-        values = []
-        for record in self.records:
-            for key in keys:
-                record = record.get(key) if isinstance(record, dict) else None
-            values.append(record)
-        return None if None in values else float(np.mean(values))
+        """[`mean_over_seeds`] of its records."""
+        return mean_over_seeds(self.records, *keys)
 
     def seed(self, k: int) -> "Row":
         """One of its seeds as a row, with that record's intervals."""

@@ -8,10 +8,6 @@ from eval.published import SHOWN_KINDS, Row
 from eval.report.tables import with_interval
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 

@@ -133,8 +133,8 @@ def seeds_spread(published: Published) -> str:
 
 
 def long(published: Published) -> str:
-    row = _hour(published)
-    rows = [row.seed(record["seed"])._replace(name=f"proxy, seed {record['seed']}") for record in row.records]
+    row = _hour(published)._replace(name="proxy")
+    rows = [row.seed(record["seed"]) for record in row.records]
     rows.append(row._replace(name="**proxy, three seeds**"))
     rows += [one for one in _compared(published) if one.name in ("best of 16", "best of 32")]
     columns = ["method", "machine", "training", "reward", "gain", "gain, everyday", "gain, harm-adjacent", "win rate"]

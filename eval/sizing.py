@@ -1,9 +1,7 @@
 """Memory that a training takes, counted before it is run."""
 
 import itertools
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +14,6 @@ from trl_proxy import ProxyConfig
 from trl_proxy.core.features import NUM_SCALARS, part_sizes, state_size
 from trl_proxy.loading import resolve_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 GB = 1e9
 # The architectures of Llama-3.2-1B, Mistral-7B-v0.3 and Llama-3.1-70B.
 EXAMPLES = {

@@ -81,3 +81,16 @@ def figures(monkeypatch):
     monkeypatch.setattr(style, "save", lambda figure, path: saved.append(figure) or Path(path))
     yield saved
     plt.close("all")
+
+
+@pytest.fixture
+def records(make_record):
+    """Four prompts: SFT, best of 2 and 16, and a proxy with two seeds, in no order."""
+    sft = make_record("sft", [0.0, 1.0, 2.0, 3.0], trainable_parameters=0, tokens_per_second_sft=50.0)
+    return [
+        make_record("best_of_n", [1.0, 1.0, 2.0, 5.0], sft, variant="n=16"),
+        make_record("best_of_n", [0.5, 1.0, 2.0, 3.5], sft, variant="n=2"),
+        make_record("proxy", [1.0, 2.0, 2.0, 2.0], sft, variant="prefix", seed=0),
+        make_record("proxy", [2.0, 3.0, 4.0, 4.0], sft, variant="prefix", seed=1),
+        sft,
+    ]

@@ -7,18 +7,6 @@ from eval.comparison import Comparison
 from eval.stats import mean_ci, seeds_mean_ci, seeds_rate_ci
 
 
-@pytest.fixture
-def records(make_record):
-    sft = make_record("sft", [0.0, 1.0, 2.0, 3.0], trainable_parameters=0, tokens_per_second_sft=50.0)
-    return [
-        make_record("best_of_n", [1.0, 1.0, 2.0, 5.0], sft, variant="n=16"),
-        make_record("best_of_n", [0.5, 1.0, 2.0, 3.5], sft, variant="n=2"),
-        make_record("proxy", [1.0, 2.0, 2.0, 2.0], sft, variant="prefix", seed=0),
-        make_record("proxy", [2.0, 3.0, 4.0, 4.0], sft, variant="prefix", seed=1),
-        sft,
-    ]
-
-
 def test_groups_put_sft_first_and_n_in_its_order(records):
     groups = Comparison(records).groups
     assert list(groups) == ["sft", "best_of_n (n=2)", "best_of_n (n=16)", "proxy (prefix)"]

@@ -17,7 +17,7 @@ from .options import GatedCall, ProxyGenerateOutput
 
 def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
     """The LM's `generate` with the loop [`candidate_decode`]."""
-    input_ids, _ = call.rows
+    input_ids = call.rows
     loop = functools.partial(
         candidate_decode,
         judge=call.proxy.accept_logits,

@@ -95,9 +95,9 @@ class GatedCall:
     streamer: Any
 
     @property
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompts and their mask, repeated."""
-        return tuple(x.repeat_interleave(self.repeats, dim=0) for x in (self.input_ids, self.attention_mask))
+    def rows(self) -> torch.Tensor:
+        """The prompts, repeated; `options` have their mask."""
+        return self.input_ids.repeat_interleave(self.repeats, dim=0)
 
 
 def read_call(

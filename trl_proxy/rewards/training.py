@@ -28,6 +28,8 @@ CUT_WORDS = 16  # the card shows how well the reward judges the first words of a
 
 @dataclass
 class ScriptArguments:
+    """The preference pairs, and what is trained on them."""
+
     sources: list[str] = field(metadata={"help": "`name=file.jsonl` or `name=hub-id[:data_dir]`, one or two of them."})
     model_name_or_path: str = field(
         default=ENCODER_PACKAGE, metadata={"help": "Base of the reward; the default is the embedded encoder."}
@@ -64,6 +66,8 @@ class ScriptArguments:
 
 @dataclass
 class RewardTrainingArguments(TrainingArguments):
+    """transformers' training arguments with defaults for an encoder."""
+
     output_dir: str = field(default="reward", metadata={"help": "Folder for adapter, router, config and card."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs per batch."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Responses per batch in the evaluation."})

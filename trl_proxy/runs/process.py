@@ -140,9 +140,6 @@ def interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-# The run itself
-
-
 class Interrupted(Exception):
     """A signal ended the run; its checkpoint is saved."""
 

@@ -3,24 +3,11 @@
 import io
 import re
 
-import pytest
 from rich.console import Console
 
 from eval.comparison import Comparison, label
 from eval.report.tables import escape, markdown_table, print_summary, report_markdown, samples_markdown, tables
 from eval.stats import mean_ci, seeds_mean_ci
-
-
-@pytest.fixture
-def records(make_record):
-    sft = make_record("sft", [0.0, 1.0, 2.0, 3.0], trainable_parameters=0, tokens_per_second_sft=50.0)
-    return [
-        make_record("best_of_n", [1.0, 1.0, 2.0, 5.0], sft, variant="n=16"),
-        make_record("best_of_n", [0.5, 1.0, 2.0, 3.5], sft, variant="n=2"),
-        make_record("proxy", [1.0, 2.0, 2.0, 2.0], sft, variant="prefix", seed=0),
-        make_record("proxy", [2.0, 3.0, 4.0, 4.0], sft, variant="prefix", seed=1),
-        sft,
-    ]
 
 
 def test_table_cells(records):
