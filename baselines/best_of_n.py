@@ -16,13 +16,12 @@ from baselines.policy import (
     Completions,
     Prompts,
     decode_texts,
-    generate,
     in_order,
-    prompt_batches,
     score,
 )
 from baselines.sft import GreedyPolicy
 from trl_proxy.decoding.prefix_cache import prefill
+from trl_proxy.decoding.settings import TRUNCATIONS, DecodingSettings
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,13 @@ def best_of(samples: Samples, n: int) -> Completions:
 
 
 class BestOfNPolicy(GreedyPolicy):
-    """The reward's choice among `n` samples of the LM's full distribution.
+    """The reward's choice among `n` samples of the LM's full distribution, after the penalties and bans of `decoding`.
 
     Args:
         model: the plain LM.
         reward: in TRL's calling convention, see [`~baselines.policy.score`].
         n: samples per prompt.
-        temperature, top_p: of the sampling; no top-k or min-p, whatever the model's generation config says.
+        temperature, top_p: of the sampling; no other truncation, whatever the model's generation config says.
         seed: sample `k` depends on `seed` and `k` alone: the samples of a smaller `n` are the first of a larger one's.
     """
 
@@ -76,38 +75,32 @@ class BestOfNPolicy(GreedyPolicy):
         *,
         n: int,
         batch_size: int,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
+        decoding: DecodingSettings | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
     ):
-        super().__init__(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        super().__init__(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens, decoding=decoding)
         self.reward, self.n = reward, n
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
     def sample(self, prompts: Prompts, **columns) -> Samples:
         """Draws and scores `n` samples; `columns` are handed to the reward."""
         start = time.perf_counter()
-        batches = list(prompt_batches(self.model, self.tokenizer, prompts, batch_size=self.batch_size))
+        batches = list(self.decoding.batches(prompts, batch_size=self.batch_size, device=self.model.device))
+        # The LM's whole distribution but for `top_p`: `generate` would keep 50 tokens, or what the LM's files say.
+        method = dict.fromkeys(TRUNCATIONS) | {"top_k": 0, "top_p": self.top_p, "temperature": self.temperature}
+        method |= {"do_sample": True, "logits_to_keep": LAST_POSITION}
         sampled, seconds = [[] for _ in range(self.n)], [0.0] * self.n
         bar = tqdm(total=self.n * len(batches), desc=f"best of {self.n}", unit="batch", leave=False)
         for number, (indices, inputs) in enumerate(batches):
             with torch.no_grad():
-                cache = prefill(self.model, **inputs)
+                cache = None if self.decoding.has_own_cache else prefill(self.model, **inputs)
             for k in range(self.n):
                 torch.manual_seed(int(np.random.SeedSequence((self.seed, k, number)).generate_state(1)[0]))
-                token_ids, _ = generate(
-                    self.model,
-                    self.tokenizer,
-                    inputs,
-                    past_key_values=copy.deepcopy(cache),
-                    max_new_tokens=self.max_new_tokens,
-                    do_sample=True,
-                    temperature=self.temperature,
-                    top_k=0,  # `generate` would otherwise keep 50
-                    top_p=self.top_p,
-                    min_p=None,
-                    logits_to_keep=LAST_POSITION,
+                token_ids, *_ = self.decoding.generate(
+                    self.model, inputs, past_key_values=copy.deepcopy(cache), **method
                 )
                 sampled[k].append((indices, token_ids))
                 start, spent = time.perf_counter(), time.perf_counter() - start

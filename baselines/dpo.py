@@ -23,11 +23,19 @@ from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 
 from baselines.best_of_n import BestOfNPolicy
 from baselines.training import LoraModelConfig
+from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_callable_reward, load_prompts
 from trl_proxy.prompts import to_text
-from trl_proxy.runs.arguments import RunArguments, load_policy, reward_names, to_device
+from trl_proxy.runs.arguments import (
+    DecodingArguments,
+    RunArguments,
+    add_system_prompt,
+    load_policy,
+    reward_names,
+    to_device,
+)
 from trl_proxy.runs.fit import fit, prepare_run
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
 from trl_proxy.trainer.config import RewardTimeoutConfig
@@ -37,7 +45,7 @@ PAIRS_FILE = "pairs.json"
 
 
 @dataclass
-class DPOArguments(RewardTimeoutConfig, RunArguments):
+class DPOArguments(RewardTimeoutConfig, DecodingArguments, RunArguments):
     """The source of DPO's preference pairs."""
 
     pairs: Literal["sampled", "dataset"] = field(
@@ -79,8 +87,11 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     seconds = 0.0
     if run_args.pairs == "dataset":
         pairs = check_pairs(load_prompts(run_args.dataset_name, run_args.dataset_train_split), run_args.dataset_name)
+        pairs = add_system_prompt(pairs, run_args.system_prompt)
     else:
         pairs, seconds = cached_pairs(lm, tokenizer, run_args, training_args)
+    if run_args.chat_template_kwargs:  # TRL takes them from a column
+        pairs = pairs.add_column("chat_template_kwargs", [run_args.chat_template_kwargs] * len(pairs))
     set_seed(training_args.seed)  # the adapter's first weights are the same whether pairs were sampled just now or not
     trainer = AtomicDPOTrainer(
         model=lm,
@@ -138,6 +149,9 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
         "samples_per_prompt": run_args.samples_per_prompt,
         "num_pair_prompts": run_args.num_pair_prompts,
         "max_completion_length": run_args.max_completion_length,
+        "generation_kwargs": run_args.generation_kwargs,
+        "chat_template_kwargs": run_args.chat_template_kwargs,
+        "system_prompt": run_args.system_prompt,
         "seed": training_args.seed,
         "num_processes": state.num_processes,
     }
@@ -153,6 +167,7 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
         )
     started = time.monotonic()
     prompts = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
+    prompts = add_system_prompt(prompts, run_args.system_prompt)
     if run_args.num_pair_prompts:
         prompts = prompts.shuffle(seed=training_args.seed).select(range(min(run_args.num_pair_prompts, len(prompts))))
     rewards = [
@@ -168,7 +183,14 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
             WeightedReward(rewards, run_args.reward_weights, run_args.reward_timeout),
             samples_per_prompt=run_args.samples_per_prompt,
             batch_size=run_args.sampling_batch_size,
-            max_new_tokens=run_args.max_completion_length,
+            decoding=DecodingSettings.of(
+                lm,
+                tokenizer,
+                max_new_tokens=run_args.max_completion_length,
+                generation_kwargs=run_args.generation_kwargs,
+                chat_template_kwargs=run_args.chat_template_kwargs,
+                system_prompt=run_args.system_prompt,
+            ),
             seed=training_args.seed + 1000 * state.process_index,
         )
     )
@@ -190,8 +212,9 @@ def sample_pairs(
     *,
     samples_per_prompt: int,
     batch_size: int,
-    max_new_tokens: int,
     seed: int,
+    max_new_tokens: int | None = None,
+    decoding: DecodingSettings | None = None,
 ) -> list[dict]:
     """The best of several samples of each prompt against the worst; no pair if the reward prefers none, or both are
     the same text."""
@@ -204,6 +227,7 @@ def sample_pairs(
         n=samples_per_prompt,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        decoding=decoding,
         seed=seed,
     )
     samples = policy.sample(conversations, **columns)

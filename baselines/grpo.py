@@ -8,6 +8,7 @@ from baselines.training import LoraModelConfig, train_on_reward
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.runs.arguments import RunArguments
 from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.decoding import DecodingMixin
 from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 
@@ -19,8 +20,9 @@ class GuardedGRPOConfig(RewardTimeoutConfig, DeviceDefaults, GRPOConfig):
 CONFIGS = (RunArguments, GuardedGRPOConfig, LoraModelConfig)
 
 
-class GuardedGRPOTrainer(RewardGuardMixin, GRPOTrainer):
-    """[`~trl.GRPOTrainer`] with atomic checkpoints, one of them when a reward fails."""
+class GuardedGRPOTrainer(DecodingMixin, RewardGuardMixin, GRPOTrainer):
+    """[`~trl.GRPOTrainer`] by the project's decoding settings, with atomic checkpoints, one of them when a
+    reward fails."""
 
 
 def train(run_args: RunArguments, training_args: GuardedGRPOConfig, model_args: LoraModelConfig) -> GRPOTrainer:

@@ -12,6 +12,7 @@ from baselines.policy import (
     generate_batches,
     in_order,
 )
+from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.decoding.trace import trace, trace_texts
 
 
@@ -20,15 +21,24 @@ class ProxyPolicy:
 
     Args:
         model: a [`~trl_proxy.ProxyModelForCausalLM`].
+        decoding: how it is decoded; by default as model and tokenizer say, up to `max_new_tokens`.
         gate_sample: draw the decisions instead of taking the likelier one. The paper decides greedily at test time.
         seed: of the drawn decisions.
     """
 
     def __init__(
-        self, model, tokenizer, *, batch_size: int, max_new_tokens: int, gate_sample: bool = False, seed: int = 0
+        self,
+        model,
+        tokenizer,
+        *,
+        batch_size: int,
+        max_new_tokens: int | None = None,
+        decoding: DecodingSettings | None = None,
+        gate_sample: bool = False,
+        seed: int = 0,
     ):
-        self.model, self.tokenizer = model, tokenizer
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.decoding = decoding or DecodingSettings.of(model, tokenizer, max_new_tokens=max_new_tokens)
         self.gate_sample, self.seed = gate_sample, seed
 
     def parameters_report(self) -> dict[str, int]:
@@ -44,12 +54,10 @@ class ProxyPolicy:
         batches, rollouts, totals = [], [], Counter()
         for indices, token_ids, output in generate_batches(
             self.model,
-            self.tokenizer,
+            self.decoding,
             prompts,
             batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
             desc="proxy",
-            do_sample=False,
             gate_sample=self.gate_sample,
             output_rollout=True,
         ):

@@ -3,6 +3,7 @@
 import time
 
 from baselines.policy import LAST_POSITION, Completions, Prompts, decode_texts, generate_batches, in_order
+from trl_proxy.decoding.settings import DecodingSettings
 
 
 class GreedyPolicy:
@@ -11,11 +12,20 @@ class GreedyPolicy:
     Args:
         model: the plain LM. If a proxy wraps it, this object is still the wrapped LM itself, so the responses are
             those of `with proxy_model.disable_proxy()`.
+        decoding: how it is decoded; by default as model and tokenizer say, up to `max_new_tokens`.
     """
 
-    def __init__(self, model, tokenizer, *, batch_size: int, max_new_tokens: int):
-        self.model, self.tokenizer = model, tokenizer
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        batch_size: int,
+        max_new_tokens: int | None = None,
+        decoding: DecodingSettings | None = None,
+    ):
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.decoding = decoding or DecodingSettings.of(model, tokenizer, max_new_tokens=max_new_tokens)
 
     def parameters_report(self) -> dict[str, int]:
         """Nothing is trained; how many parameters the LM has."""
@@ -28,10 +38,9 @@ class GreedyPolicy:
             (indices, token_ids)
             for indices, token_ids, _ in generate_batches(
                 self.model,
-                self.tokenizer,
+                self.decoding,
                 prompts,
                 batch_size=self.batch_size,
-                max_new_tokens=self.max_new_tokens,
                 desc="sft",
                 do_sample=False,
                 logits_to_keep=LAST_POSITION,

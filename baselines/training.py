@@ -66,8 +66,8 @@ class TunedPolicy(GreedyPolicy):
         frozen: the LM as it was before training, to judge how likely responses are.
     """
 
-    def __init__(self, model, lm, tokenizer, **decoding):
-        super().__init__(model, tokenizer, **decoding)
+    def __init__(self, model, lm, tokenizer, **kwargs):
+        super().__init__(model, tokenizer, **kwargs)
         self.frozen = WithoutAdapter(model, lm) if isinstance(model, PeftModel) else lm
 
     def parameters_report(self) -> dict[str, int]:
@@ -94,9 +94,9 @@ class WithoutAdapter:
             return self.model(**inputs)
 
 
-def load_trained(folder: str | os.PathLike, lm, tokenizer, *, batch_size: int, max_new_tokens: int) -> TunedPolicy:
+def load_trained(folder: str | os.PathLike, lm, tokenizer, **kwargs) -> TunedPolicy:
     """The policy that a baseline's output folder holds, decoded greedily: a LoRA adapter is put on `lm`, and a whole
-    model is loaded next to it.
+    model is loaded next to it. `kwargs` are those of [`~baselines.sft.GreedyPolicy`].
 
     Raises:
         ValueError: if there is no model in the folder, or it was made for another LM.
@@ -116,4 +116,4 @@ def load_trained(folder: str | os.PathLike, lm, tokenizer, *, batch_size: int, m
         model.to(lm.device)
     else:
         raise ValueError(f"{folder} holds no trained model: neither adapter_config.json nor config.json is there.")
-    return TunedPolicy(model.eval(), lm, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return TunedPolicy(model.eval(), lm, tokenizer, **kwargs)

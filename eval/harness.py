@@ -13,11 +13,12 @@ from dataclasses import asdict
 import numpy as np
 from datasets import Dataset
 
-from baselines.policy import Completions, Policy, encode_prompts, score
+from baselines.policy import Completions, Policy, score
 from eval.likelihood import likelihood
 from eval.records import Record, Run, git_commit, package_versions, prompts_sha256
 from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
+from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.prompts import to_text
 
 
@@ -60,7 +61,7 @@ def evaluate_completions(
     reward,
     gold_reward,
     lm,
-    tokenizer,
+    decoding: DecodingSettings,
     *,
     run: Run,
     output_dir: str | os.PathLike,
@@ -76,7 +77,8 @@ def evaluate_completions(
         completions: one response per prompt.
         prompts: column `prompt`, plain or conversational; optional column `kind`. Other columns go to the rewards.
         reward, gold_reward: in TRL's calling convention; `gold_reward` may be None.
-        lm, tokenizer: the frozen LM that judges how likely the responses are.
+        lm: the frozen LM, which tells how likely the responses are.
+        decoding: how the responses were decoded.
         run: what the caller knows of the method.
         baseline_record: the SFT record over the same prompts; None for SFT itself.
         tokens_per_second_sft: SFT's speed in the same run; None if it was not measured, and for SFT itself.
@@ -120,7 +122,7 @@ def evaluate_completions(
     wins = None if baseline_record is None else win_rate(rewards, baseline_record["rewards"])
     n_tokens = sum(map(len, completions.token_ids))
     speed = n_tokens / completions.seconds
-    tokens = encode_prompts(conversations, tokenizer), completions.token_ids
+    tokens = decoding.encode(conversations), completions.token_ids
     logprobs, kl = likelihood(lm, *tokens, policy_lm=policy_lm, batch_size=batch_size)
     record = Record(
         **asdict(run),
@@ -153,13 +155,14 @@ def evaluate_completions(
         kinds=kinds,
         prompts=[to_text(prompt, "user") for prompt in conversations],
         trace=completions.trace,
+        decoding=decoding.as_dict(),
     )
     record.write(output_dir)
     return asdict(record)
 
 
-def evaluate_policy(policy: Policy, prompts: Dataset, reward, gold_reward, lm, tokenizer, **kwargs) -> dict:
+def evaluate_policy(policy: Policy, prompts: Dataset, reward, gold_reward, lm, decoding, **kwargs) -> dict:
     """Lets the policy answer the prompts, scores the answers and writes the record; arguments and result as in
     [`evaluate_completions`]."""
     completions = policy.complete(prompts["prompt"][:])
-    return evaluate_completions(completions, prompts, reward, gold_reward, lm, tokenizer, **kwargs)
+    return evaluate_completions(completions, prompts, reward, gold_reward, lm, decoding, **kwargs)

@@ -11,7 +11,7 @@ from baselines.training import BASELINES, method_of
 from eval.records import Run, prompts_sha256, read_record
 from eval.trained import TrainedRun, at_thresholds
 from trl_proxy.loading import EMBEDDED, load_prompts
-from trl_proxy.runs.arguments import parse_dicts
+from trl_proxy.runs.arguments import DecodingArguments, parse_dicts
 from trl_proxy.runs.process import find_file
 from trl_proxy.runs.resume import changed_keys
 
@@ -19,8 +19,8 @@ METHODS = ("sft", "proxy", "best_of_n")
 
 
 @dataclass
-class CompareArguments:
-    """What is compared, on what, and where the records go."""
+class CompareArguments(DecodingArguments):
+    """What is compared, on what, and where the records go. By default an LM is decoded as it was in training."""
 
     proxies: list[str] = field(
         default_factory=list,
@@ -78,6 +78,7 @@ class CompareArguments:
 
     def __post_init__(self):
         """Raises `ValueError` naming the argument, its value and what is allowed."""
+        super().__post_init__()
         parse_dicts(self, "train_settings")
         if unknown := sorted(set(self.methods) - set(METHODS)):
             raise ValueError(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown)}.")
@@ -103,6 +104,23 @@ class CompareArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}.")
+
+
+def decode_as_trained(args: CompareArguments, trained: list[TrainedRun]) -> None:
+    """Sets the decoding arguments that were not given to those of the trainings.
+
+    Raises:
+        ValueError: if the trainings differ in one of them.
+    """
+    for name in ("generation_kwargs", "chat_template_kwargs", "system_prompt"):
+        values = [one.decoding.get(name) or None for one in trained]
+        if getattr(args, name) is None and values:
+            if differing := [one for one, value in zip(trained, values, strict=True) if value != values[0]]:
+                raise ValueError(
+                    f"{trained[0].folder} was trained with {name}={values[0]}, {differing[0].folder} with "
+                    f"{differing[0].decoding.get(name)}: say which counts by --{name}."
+                )
+            setattr(args, name, values[0])
 
 
 def select_prompts(args: CompareArguments) -> Dataset:
@@ -140,6 +158,9 @@ def evaluation_jobs(
         "load_in_4bit": model_args.load_in_4bit,
         "load_in_8bit": model_args.load_in_8bit,
     }
+    for name in ("generation_kwargs", "chat_template_kwargs"):
+        if value := getattr(args, name):
+            settings[name] = value
     jobs = [(Run(method="sft", seed=args.seed, settings=settings, **common), None)]
     for one in itertools.chain.from_iterable((t, *at_thresholds(t, args.thresholds)) for t in trained):
         run = Run(

@@ -96,6 +96,7 @@ class Record(Run):
     gold_rewards: list[float] | None
     kinds: list[str] | None
     prompts: list[str]
+    decoding: dict | None  # the decoding settings
     trace: list | None  # of every token of every response: its text, and the texts that were rejected before it
 
     def write(self, output_dir: str | os.PathLike) -> Path:
@@ -117,7 +118,7 @@ def read_record(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no whole JSON file ({error}): delete it and evaluate again.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} is no record but a JSON {type(record).__name__}: delete it and evaluate again.")
-    for name in ("trace", "lm_tokens_per_response", "reward_calls_per_response"):
+    for name in ("trace", "decoding", "lm_tokens_per_response", "reward_calls_per_response"):
         record.setdefault(name, None)  # older records lack these
     if missing := Record.__dataclass_fields__.keys() - record.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")

@@ -13,7 +13,7 @@ from baselines.sft import GreedyPolicy
 from baselines.training import load_trained
 from eval.comparison import Comparison
 from eval.harness import evaluate_completions, evaluate_policy
-from eval.jobs import CompareArguments, evaluation_jobs, existing_record, select_prompts
+from eval.jobs import CompareArguments, decode_as_trained, evaluation_jobs, existing_record, select_prompts
 from eval.plots.comparison import draw_all
 from eval.plots.training import plot_training_curve
 from eval.records import Run
@@ -22,11 +22,12 @@ from eval.trained import TrainedRun, read_baseline, read_proxy
 from eval.training_logs import TrainingLog
 from eval.trainings import train_missing
 from trl_proxy import ProxyModelForCausalLM
+from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.devices import inference_device
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_callable_reward
 from trl_proxy.modeling.card import add_results
-from trl_proxy.runs.arguments import load_policy, to_device
+from trl_proxy.runs.arguments import add_system_prompt, load_policy, to_device
 from trl_proxy.runs.process import lock_folder
 
 
@@ -50,15 +51,23 @@ class Evaluation:
         )
         lm, self.tokenizer = load_policy(model_args, args, device)
         self.lm = to_device(lm, device)
-        self.decoding = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        self.decoding = DecodingSettings.of(
+            self.lm,
+            self.tokenizer,
+            max_new_tokens=args.max_new_tokens,
+            generation_kwargs=args.generation_kwargs,
+            chat_template_kwargs=args.chat_template_kwargs,
+            system_prompt=args.system_prompt,
+        )
+        self.policy = {"batch_size": args.batch_size, "decoding": self.decoding}
         self.results: dict = {"output_dir": args.output_dir}
 
     def _shared(self, lm=None):
-        return self.prompts, self.reward, self.gold_reward, lm or self.lm, self.tokenizer
+        return self.prompts, self.reward, self.gold_reward, lm or self.lm, self.decoding
 
     def sft(self, run: Run, record: dict | None) -> None:
         """The LM itself, which the others are measured against. If it has a record, only its speed is measured."""
-        policy = GreedyPolicy(self.lm, self.tokenizer, **self.decoding)
+        policy = GreedyPolicy(self.lm, self.tokenizer, **self.policy)
         conversations = self.prompts["prompt"][:]
         policy.complete(conversations[:1])  # warm-up: the first forward repacks weights and must not count as slow
         if record is None:
@@ -77,7 +86,7 @@ class Evaluation:
         if threshold is not None:
             model.proxy.config = dataclasses.replace(model.proxy_config, threshold=threshold)
         policy_lm = model if model.proxy_config.features == "prefix" else None
-        policy = ProxyPolicy(model, self.tokenizer, **self.decoding)
+        policy = ProxyPolicy(model, self.tokenizer, **self.policy)
         run = with_start_time(run, **policy.parameters_report())
         record = evaluate_policy(policy, *self._shared(), run=run, policy_lm=policy_lm, **self.results)
         if threshold is None and (card := Path(one.folder, "README.md")).is_file():
@@ -85,7 +94,7 @@ class Evaluation:
 
     def baseline(self, run: Run, one: TrainedRun) -> None:
         """A trained LM, judged by the LM as it was."""
-        policy = load_trained(one.folder, self.lm, self.tokenizer, **self.decoding)
+        policy = load_trained(one.folder, self.lm, self.tokenizer, **self.policy)
         run = with_start_time(run, **policy.parameters_report())
         shared = self._shared(policy.frozen)
         evaluate_policy(policy, *shared, run=run, policy_lm=policy.model, **self.results)
@@ -96,7 +105,7 @@ class Evaluation:
         args, largest = self.args, max(n for _, n in runs)
         print(f"best-of-n: {largest} samples of every prompt")
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-        policy = BestOfNPolicy(self.lm, self.tokenizer, self.reward, n=largest, **sampling, **self.decoding)
+        policy = BestOfNPolicy(self.lm, self.tokenizer, self.reward, n=largest, **sampling, **self.policy)
         started = [(with_start_time(run, **policy.parameters_report()), n) for run, n in runs]
         columns = {name: self.prompts[name][:] for name in self.prompts.column_names if name != "prompt"}
         samples = policy.sample(self.prompts["prompt"][:], **columns)
@@ -149,5 +158,7 @@ def compare(args: CompareArguments, model_args: ModelConfig) -> None:
     trained += [read_baseline(folder) for folder in args.baselines]
     prompts = select_prompts(args)
     trained += train_missing(args.recipes, args.seeds, args.train_settings, args.output_dir, args.launch)
+    decode_as_trained(args, trained)
+    prompts = add_system_prompt(prompts, args.system_prompt)
     evaluate(args, model_args, prompts, evaluation_jobs(args, model_args, trained, prompts))
     write_report(args.output_dir, trained)

@@ -1,5 +1,6 @@
 """What the training scripts leave behind, as comparisons read it: without loading any weights."""
 
+import argparse
 import dataclasses
 import hashlib
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from baselines.training import method_of
 from eval.training_logs import TrainingLog, training_log
 from trl_proxy import ProxyConfig
 from trl_proxy.core.config import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME, proxy_file
+from trl_proxy.decoding.settings import SAMPLING
 from trl_proxy.runs.resume import RESULTS_FILE, RUN_FILE, read_json
+from trl_proxy.trainer.decoding import settings_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class TrainedRun:
     train_seconds: float | None
     train_peak_memory_mb: float | None
     log: TrainingLog | None
+    decoding: dict  # arguments by which its LM was decoded in training
     config: ProxyConfig | None = None  # of a proxy
 
 
@@ -62,6 +66,7 @@ def read_proxy(name: str) -> TrainedRun:
         folder=folder,
         seed=seed,
         config=config,
+        decoding=config.decoding or {},
         variant=describe(config),
         settings={
             "proxy_config_sha256": hashlib.sha256(Path(proxy_file(folder, CONFIG_NAME)).read_bytes()).hexdigest(),
@@ -104,10 +109,22 @@ def read_baseline(folder: str) -> TrainedRun:
         folder=folder,
         seed=run["seed"],
         variant=f"lora_r={run['lora_r']}" if run["use_peft"] else "full",
+        decoding=decoding_of(run),
         settings={"weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
         adapter_bytes=weights.stat().st_size,
         **read_results(folder),
     )
+
+
+def decoding_of(run: dict) -> dict:
+    """The decoding arguments of a baseline's run.json, without those of its sampling: an evaluation is greedy."""
+    fields = ("generation_kwargs", "chat_template_kwargs", "repetition_penalty", "cache_implementation")
+    args = argparse.Namespace(**{"max_completion_length": None, **dict.fromkeys(fields)} | run)
+    if args.repetition_penalty is None:  # DPO has no such field
+        args.repetition_penalty = 1.0
+    decoding = settings_of(args)
+    kept = {name: value for name, value in decoding["generation_kwargs"].items() if name not in SAMPLING}
+    return {**decoding, "generation_kwargs": kept, "system_prompt": run.get("system_prompt")}
 
 
 def read_results(folder: str) -> dict:

@@ -36,7 +36,7 @@ from eval.records import git_commit, package_versions
 from eval.report.tables import print_table
 from trl_proxy.devices import inference_device
 from trl_proxy.loading import EMBEDDED
-from trl_proxy.runs.arguments import load_policy, to_device
+from trl_proxy.runs.arguments import load_policy, parse_dicts, to_device
 from trl_proxy.runs.resume import changed_keys
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
@@ -66,6 +66,9 @@ class JudgeArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "transformers: run the LM's own code of the hub."}
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "transformers: arguments of the judge's chat template, as JSON."}
+    )
     judge_model: str | None = field(default=None, metadata={"help": "openai: the model's name at the endpoint."})
     judge_base_url: str | None = field(
         default=None, metadata={"help": "openai: the endpoint; OPENAI_BASE_URL or OpenAI itself by default."}
@@ -94,6 +97,7 @@ class JudgeArguments:
 
     def __post_init__(self):
         """Raises `ValueError` naming the argument, its value and what is allowed."""
+        parse_dicts(self, "chat_template_kwargs")
         if not self.judges or not set(self.judges) <= set(JUDGES):
             raise ValueError(f"--judges must be of {', '.join(JUDGES)}, got {self.judges}.")
         if "openai" in self.judges and not self.judge_model:
@@ -176,7 +180,10 @@ def local_judge(args: JudgeArguments, model_args: ModelConfig, template: Templat
         "load_in_4bit": model_args.load_in_4bit,
         "load_in_8bit": model_args.load_in_8bit,
     }
-    return text_judge(LocalJudge(lm, tokenizer, name, template, batch_size=args.batch_size), settings)
+    if args.chat_template_kwargs:
+        settings["chat_template_kwargs"] = args.chat_template_kwargs
+    options = {"batch_size": args.batch_size, "chat_template_kwargs": args.chat_template_kwargs}
+    return text_judge(LocalJudge(lm, tokenizer, name, template, **options), settings)
 
 
 def endpoint_judge(args: JudgeArguments, template: Template) -> Judging:

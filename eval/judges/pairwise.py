@@ -14,9 +14,9 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from baselines.policy import encode_prompts
 from eval.likelihood import next_token_logprobs
 from eval.stats import win_scores
+from trl_proxy.decoding.settings import encode_prompts
 
 PROMPT_FILE = Path(__file__).with_name("judge_prompt.txt")
 FIELDS = ("prompt", "response_a", "response_b")
@@ -172,14 +172,25 @@ class LocalJudge(PairwiseJudge):
         lm, tokenizer: the judge. With a chat template the question is a user's message, without one it is plain text.
         name, template: as for [`PairwiseJudge`].
         batch_size: questions per forward.
+        chat_template_kwargs: of the judge's chat template.
 
     Raises:
         ValueError: if A or B is not a single token.
     """
 
-    def __init__(self, lm, tokenizer, name: str, template: Template | None = None, *, batch_size: int = 8):
+    def __init__(
+        self,
+        lm,
+        tokenizer,
+        name: str,
+        template: Template | None = None,
+        *,
+        batch_size: int = 8,
+        chat_template_kwargs: dict | None = None,
+    ):
         super().__init__(name, template)
         self.lm, self.tokenizer, self.batch_size = lm, tokenizer, batch_size
+        self.chat_template_kwargs = chat_template_kwargs or {}
         self.letter_ids = []
         for letter in "AB":
             ids = tokenizer.encode(letter, add_special_tokens=False)
@@ -198,7 +209,7 @@ class LocalJudge(PairwiseJudge):
         prompts = questions
         if self.tokenizer.chat_template is not None:
             prompts = [[{"role": "user", "content": question}] for question in questions]
-        prompt_ids = encode_prompts(prompts, self.tokenizer)
+        prompt_ids = encode_prompts(prompts, self.tokenizer, **self.chat_template_kwargs)
         longest = max(map(len, prompt_ids))
         if longest > self.tokenizer.model_max_length:
             raise ValueError(

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from baselines.best_of_n import BestOfNPolicy, Samples, best_of
-from baselines.policy import generate, prompt_batches
 from trl_proxy.prompts import to_text
 
 TEXTS = ["a longer prompt", "b", "some more"]
@@ -89,10 +88,10 @@ def test_the_prompts_are_read_once_for_all_samples(policy, tiny_lm):
     hook.remove()
     longest = [max(map(len, rows)) for rows in (TEXTS[::2], TEXTS[1:2])]  # a token a character, batches of two and one
     assert [ids.shape[1] for ids in read if ids.shape[1] > 1] == [longest[0] - 1]
-    for number, (indices, inputs) in enumerate(prompt_batches(lm, one.tokenizer, TEXTS, batch_size=2)):
+    for number, (indices, inputs) in enumerate(one.decoding.batches(TEXTS, batch_size=2, device="cpu")):
         for k in range(3):
             torch.manual_seed(int(np.random.SeedSequence((0, k, number)).generate_state(1)[0]))
-            expected, _ = generate(lm, one.tokenizer, inputs, max_new_tokens=6, do_sample=True, top_k=0)
+            expected, *_ = one.decoding.generate(lm, inputs, do_sample=True, top_k=0)
             assert [samples.token_ids[k][i] for i in indices] == expected
 
 

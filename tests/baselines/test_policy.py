@@ -5,10 +5,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from baselines.policy import cut_at_stop, decode_texts, encode_prompts, generate_batches, in_order, score, stop_ids
+from baselines.policy import decode_texts, generate_batches, in_order, score
 from baselines.proxy import ProxyPolicy
 from baselines.sft import GreedyPolicy
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy.decoding.settings import DecodingSettings, encode_prompts
 from trl_proxy.prompts import to_text
 
 TEXTS = ["a longer prompt of many letters", "b", "some more", "one", "the last of the five"]
@@ -36,22 +37,6 @@ def test_conversations_need_a_chat_template(tiny_tokenizer, monkeypatch):
     assert len(encode_prompts(TEXTS, tiny_tokenizer)) == 5
 
 
-def test_cut_at_stop():
-    assert cut_at_stop([5, 2, 6, 2], [2]) == [5, 2]
-    assert cut_at_stop([5, 7, 6], [2, 7]) == [5, 7]
-    assert cut_at_stop([5, 6], [2]) == [5, 6]
-    assert cut_at_stop([2], [2]) == [2]
-
-
-def test_stop_ids_join_the_models_and_the_tokenizers(tiny_lm, tiny_tokenizer):
-    lm = tiny_lm()
-    assert stop_ids(lm, tiny_tokenizer) == [2]
-    lm.generation_config.eos_token_id = [9, 2]
-    assert stop_ids(lm, tiny_tokenizer) == [2, 9]
-    lm.generation_config.eos_token_id = None
-    assert stop_ids(lm, tiny_tokenizer) == [2]
-
-
 @pytest.mark.parametrize("prompts", [TEXTS, CONVERSATIONS], ids=["plain", "conversational"])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_sft_equals_generate_on_each_prompt_alone(tiny_lm, tiny_tokenizer, prompts, batch_size):
@@ -71,16 +56,16 @@ def test_responses_end_with_eos_and_without_padding(tiny_lm, tiny_tokenizer):
     lm.generation_config.eos_token_id = first.token_ids[0][3]  # now one answer ends before the others
     stop = first.token_ids[0][3]
     completions = GreedyPolicy(lm, tiny_tokenizer, batch_size=8, max_new_tokens=12).complete(TEXTS)
-    assert completions.token_ids == [cut_at_stop(ids, [2, stop]) for ids in first.token_ids]
+    cut = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in first.token_ids]
+    assert completions.token_ids == cut
     assert len({len(ids) for ids in completions.token_ids}) > 1
 
 
 def test_batches_are_sorted_and_padded_on_the_left(tiny_lm, tiny_tokenizer):
     lm, seen = tiny_lm(), []
+    decoding = DecodingSettings.of(lm, tiny_tokenizer, max_new_tokens=1)
     lm.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    batches = list(
-        generate_batches(lm, tiny_tokenizer, TEXTS, batch_size=2, max_new_tokens=1, desc="", do_sample=False)
-    )
+    batches = list(generate_batches(lm, decoding, TEXTS, batch_size=2, desc="", do_sample=False))
     assert [indices for indices, _, _ in batches] == [[0, 4], [2, 3], [1]]  # longest first
     assert seen[1].tolist() == [
         tiny_tokenizer("some more")["input_ids"],

@@ -66,6 +66,7 @@ def make_record():
             "top_4gram_share": None,
             "gold_rewards": None,
             "kinds": kinds,
+            "decoding": None,
             "trace": None,
             "prompts": [f"question {i}" for i in range(len(rewards))],
         }

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from baselines.policy import Completions, encode_prompts
+from baselines.policy import Completions
 from baselines.sft import GreedyPolicy
 from eval.harness import evaluate_completions, evaluate_policy
 from eval.likelihood import likelihood
 from eval.records import Record, Run, git_commit, prompts_sha256, read_records
 from eval.stats import mean_ci, rate_ci
+from trl_proxy.decoding.settings import DecodingSettings, encode_prompts
 from trl_proxy.prompts import to_text
 
 # The contract: what every reader of records may count on, in the words of the design
@@ -29,7 +30,7 @@ CONTRACT = [
     *("gold_delta_vs_sft", "win_rate_vs_sft", "win_rate_ci95", "tie_rate", "judge", "by_kind", "lm_logprob_per_token"),
     *("kl_to_lm", "response_tokens_mean", "distinct_2", "lm_forwards_per_token", "tokens_per_second"),
     *("tokens_per_second_sft", "reject_rate", "accepted_rank_mean", "rewards", "responses", "prompts_sha256"),
-    *("versions", "git_commit", "command", "started_at"),
+    *("versions", "git_commit", "command", "started_at", "decoding"),
 ]
 KIND_CONTRACT = ["n_prompts", "reward_mean", "delta_vs_sft", "delta_ci95", "gold_delta_vs_sft", "refusal_rate"]
 
@@ -77,7 +78,7 @@ def evaluate(tiny_lm, tiny_tokenizer, tmp_path):
             length,
             gold,
             lm,
-            tiny_tokenizer,
+            DecodingSettings.of(lm, tiny_tokenizer, max_new_tokens=8),
             run=run(method, variant=None if method == "sft" else "n=2"),
             output_dir=tmp_path,
             baseline_record=baseline,
@@ -178,7 +179,7 @@ def test_lm_logprob_is_per_token(evaluate, tiny_lm, tiny_tokenizer):
 def test_kl_of_the_lm_itself_is_zero(tiny_lm, tiny_tokenizer, tmp_path):
     lm = tiny_lm()
     policy = GreedyPolicy(lm, tiny_tokenizer, batch_size=2, max_new_tokens=8)
-    arguments = (policy, PROMPTS, length, None, lm, tiny_tokenizer)
+    arguments = (policy, PROMPTS, length, None, lm, policy.decoding)
     record = evaluate_policy(*arguments, run=run("sft"), output_dir=tmp_path, policy_lm=lm)
     assert (record["kl_to_lm"], record["lm_forwards_per_token"]) == (0.0, 1.0)
 
@@ -244,11 +245,11 @@ def test_a_reward_that_is_no_number_is_refused(tiny_lm, tiny_tokenizer, tmp_path
     def broken(prompts, completions, **columns):
         return [1.0, None, 2.0, 3.0]
 
+    lm = tiny_lm()
     completions = Fixed(tiny_tokenizer, SFT).complete(None)
+    decoding = DecodingSettings.of(lm, tiny_tokenizer, max_new_tokens=8)
     with pytest.raises(ValueError, match=r"'broken' returned None .* 'bb'"):
-        evaluate_completions(
-            completions, PROMPTS, broken, None, tiny_lm(), tiny_tokenizer, run=run("sft"), output_dir=tmp_path
-        )
+        evaluate_completions(completions, PROMPTS, broken, None, lm, decoding, run=run("sft"), output_dir=tmp_path)
     assert not (tmp_path / "records").exists()
 
 

@@ -12,7 +12,7 @@ from ..files import write_text
 CONFIG_NAME = "proxy_config.json"
 WEIGHTS_NAME = "proxy_model.safetensors"
 # Fields of [`ProxyConfig`] that the model fills in.
-MODEL_FIELDS = ("hidden_size", "embedding_size", "base_model_name_or_path", "base_model_sha256")
+MODEL_FIELDS = ("hidden_size", "embedding_size", "base_model_name_or_path", "base_model_sha256", "decoding")
 
 
 @dataclass
@@ -71,6 +71,13 @@ class ProxyConfig:
     base_model_name_or_path: str | None = field(default=None, metadata={"help": "The LM; filled in by the model."})
     base_model_sha256: str | None = field(
         default=None, metadata={"help": "Checksum of the LM, see `fingerprint.lm_sha256`; filled in by the model."}
+    )
+    decoding: dict | None = field(
+        default=None,
+        metadata={
+            "help": "How the LM was decoded in training, beyond its own generation_config.json: `generation_kwargs`, "
+            "`chat_template_kwargs`, `system_prompt`; filled in by the trainer."
+        },
     )
 
     def __post_init__(self):

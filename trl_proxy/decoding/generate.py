@@ -5,7 +5,6 @@ from transformers import GenerationMixin
 
 from .candidate import generate_by_candidate
 from .options import (
-    TRUNCATIONS,
     Settings,
     check_closed_form,
     checked_prompts,
@@ -14,6 +13,7 @@ from .options import (
     refuse_what_has_no_meaning,
 )
 from .prefix import generate_by_prefix
+from .settings import TRUNCATIONS
 
 
 @torch.no_grad()

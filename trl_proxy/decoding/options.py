@@ -12,11 +12,13 @@ from transformers.utils import logging
 
 from ..core.config import ProxyConfig
 from ..core.rollout import Decisions, Rollout
+from .settings import REFUSED, TRUNCATIONS
 
 logger = logging.get_logger(__name__)
 
-# `generate` options of the LM's own sampling. The gate's candidates take their place.
-TRUNCATIONS = ("top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+# Options of `generate` that decoding by decisions cannot follow, whoever sets them. Beams and assisted generation
+# decode by the closed form.
+NOT_GATED = ("guidance_scale", "penalty_alpha", "dola_layers", "watermarking_config", "token_healing", "use_mtp")
 
 
 @dataclass
@@ -183,8 +185,10 @@ def checked_prompts(lm_config, input_ids, attention_mask, settings: Settings) ->
 
 def refuse_what_has_no_meaning(settings: Settings) -> None:
     """`ValueError` for the options of `generate` that a gate cannot follow; a warning for those that do not apply."""
-    if (settings["guidance_scale"] or 1) != 1:
-        raise ValueError("`guidance_scale` is not supported: it runs the LM twice per step; set it to 1.")
+    for name in NOT_GATED:
+        neutral, reason = REFUSED[name]
+        if settings[name] not in neutral:
+            raise ValueError(f"`{name}` is not supported: {reason}; set it to {neutral[-1]}.")
     if ignored := [name for name in TRUNCATIONS if settings.kwargs.get(name) is not None]:
         logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
 

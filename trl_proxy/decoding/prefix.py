@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
@@ -17,6 +17,7 @@ from .hidden_states import HiddenStateHook
 from .options import GatedCall, ProxyGenerateOutput
 from .pooling import PooledStateHook
 from .prefix_cache import growing_cache, prefill, prefill_shared_prefix
+from .settings import StopRecorder
 
 logger = logging.get_logger(__name__)
 
@@ -60,22 +61,6 @@ class PrefixGate(LogitsProcessor):
         chosen = candidates.token_ids.gather(-1, rank[:, None])
         # A new tensor: `output_logits` returns the one that came in.
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
-
-
-class StopRecorder(StoppingCriteria):
-    """Applies the caller's criteria and records which rows they ended at each step. The response does not show this,
-    because an accepted token may equal the padding token."""
-
-    def __init__(self, criteria: list[StoppingCriteria]):
-        self.criteria = criteria
-        self.stopped: list[torch.Tensor] = []
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for criterion in self.criteria:
-            done = done | criterion(input_ids, scores, **kwargs)
-        self.stopped.append(done)
-        return done
 
 
 def generate_by_prefix(lm, call: GatedCall) -> ProxyGenerateOutput:

@@ -9,12 +9,41 @@ import torch
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
+from ..decoding.settings import check_generation_kwargs, with_system_prompt
 from ..devices import half_dtype
 from ..loading import EMBEDDED, load_lm, load_prompts, load_reward
 
 
 @dataclass
-class RunArguments(ScriptArguments):
+class SystemPromptArguments:
+    """A system message for conversations that have none."""
+
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "A system message, put before every conversation that has none."}
+    )
+
+
+@dataclass
+class DecodingArguments(SystemPromptArguments):
+    """How an LM is decoded, for scripts without a configuration of TRL's that has it."""
+
+    generation_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Options of `generate` that replace the LM's generation_config.json, as JSON."},
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
+
+    def __post_init__(self):
+        for name in ("generation_kwargs", "chat_template_kwargs"):
+            if getattr(self, name) is not None:
+                parse_dicts(self, name)
+        check_generation_kwargs(self.generation_kwargs)  # type: ignore[arg-type]  # parsed just now
+
+
+@dataclass
+class RunArguments(SystemPromptArguments, ScriptArguments):
     """TRL's script arguments, the reward, and how long to train."""
 
     dataset_name: str | None = field(default=EMBEDDED, metadata={"help": "`embedded`, a JSON file or a hub dataset."})
@@ -46,10 +75,18 @@ class RunArguments(ScriptArguments):
 def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:
     """Prompts to train on, and to evaluate on if the training arguments ask for it."""
     name = run_args.dataset_name or EMBEDDED
-    train = load_prompts(name, run_args.dataset_train_split)
+    system = run_args.system_prompt
+    train = add_system_prompt(load_prompts(name, run_args.dataset_train_split), system)
     if training_args.eval_strategy == "no":
         return train, None
-    return train, load_prompts(name, run_args.dataset_test_split)
+    return train, add_system_prompt(load_prompts(name, run_args.dataset_test_split), system)
+
+
+def add_system_prompt(dataset: Dataset, system_prompt: str | None) -> Dataset:
+    """The dataset with the system message before every prompt that has none."""
+    if system_prompt is None:
+        return dataset
+    return dataset.map(lambda row: {"prompt": with_system_prompt(row["prompt"], system_prompt)})
 
 
 def reward_names(run_args: RunArguments) -> list[str]:

@@ -1,6 +1,7 @@
 """Asks a model with or without a proxy one question, and traces its proposals."""
 
 import argparse
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -8,12 +9,13 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TextStreamer, set_seed
 
+from ..core.config import ProxyConfig
+from ..decoding.settings import DecodingSettings
 from ..decoding.trace import trace, trace_texts
 from ..devices import inference_device
 from ..loading import EMBEDDED, load_lm
 from ..modeling.causal_lm import ProxyModelForCausalLM
-from ..prompts import check_chat_template
-from .arguments import to_device
+from .arguments import DecodingArguments, to_device
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,7 +26,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", help="The question.")
     parser.add_argument("--proxy", help="Folder or hub id of a proxy; the plain LM if not set.")
     parser.add_argument("--model_name_or_path", default=EMBEDDED, help="`embedded`, a folder or a hub id.")
-    parser.add_argument("--system", help="System prompt.")
+    parser.add_argument("--system_prompt", "--system", help="System message; default: that of the proxy's training.")
+    parser.add_argument(
+        "--generation_kwargs",
+        help="Options of `generate` that replace the LM's generation_config.json, as JSON; default: as in training.",
+    )
+    parser.add_argument(
+        "--chat_template_kwargs", help="Arguments of the chat template, as JSON; default: as in training."
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="Longest response.")
     parser.add_argument("--threshold", type=float, help="Alignment strength: above 0 the gate rejects more.")
     parser.add_argument("--gate_sample", action="store_true", help="Draw the gate's decisions.")
@@ -94,32 +103,24 @@ def ask(args: argparse.Namespace) -> None:
     """Loads the LM and the proxy and prints the response."""
     if args.trace and not args.proxy:
         raise ValueError("--trace shows the decisions of a proxy: name one with --proxy.")
+    given = DecodingArguments(args.system_prompt, args.generation_kwargs, args.chat_template_kwargs)
+    trained = (ProxyConfig.from_pretrained(args.proxy).decoding or {}) if args.proxy else {}
+    options = {**trained, **{name: value for name, value in dataclasses.asdict(given).items() if value is not None}}
     set_seed(args.seed)
     device = inference_device()
     lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, device=device)
     lm = to_device(lm, device)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    messages.append({"role": "user", "content": args.prompt})
-    check_chat_template(messages, tokenizer)
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ).to(lm.device)
+    decoding = DecodingSettings.of(lm, tokenizer, max_new_tokens=args.max_new_tokens, **options)
+    inputs = decoding.pad(decoding.encode([[{"role": "user", "content": args.prompt}]]), lm.device)
     console = Console(highlight=False)
+    streamer = None if args.trace else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if not args.proxy:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
-            lm.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=streamer)
+            decoding.generate(lm, inputs, do_sample=False, streamer=streamer)
         return
     model = ProxyModelForCausalLM.from_pretrained(lm, args.proxy)
-    streamer = None if args.trace else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=args.max_new_tokens,
-        gate_sample=args.gate_sample,
-        threshold=args.threshold,
-        output_rollout=True,
-        streamer=streamer,
-    )
+    gate = {"gate_sample": args.gate_sample, "threshold": args.threshold}
+    *_, output = decoding.generate(model, inputs, output_rollout=True, streamer=streamer, **gate)
     decisions = output.decisions
     if args.trace:
         print_trace(console, read_trace(tokenizer, output, inputs["input_ids"].shape[1]))

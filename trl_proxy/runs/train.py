@@ -23,6 +23,7 @@ class ProxyArguments(ProxyConfig):
     embedding_size: int | None = field(default=None, init=False)
     base_model_name_or_path: str | None = field(default=None, init=False)
     base_model_sha256: str | None = field(default=None, init=False)
+    decoding: dict | None = field(default=None, init=False)
 
 
 @dataclass
@@ -61,6 +62,7 @@ def train(
     rewards = load_rewards(run_args)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
     model = ProxyModelForCausalLM.from_pretrained(lm, trained) if trained else ProxyModelForCausalLM(lm, proxy_config)
+    model.proxy.config.decoding = {"system_prompt": run_args.system_prompt}
     trainer = ProxyPPOTrainer(
         model=model,
         reward_funcs=rewards,

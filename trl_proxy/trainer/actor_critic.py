@@ -19,6 +19,7 @@ from ..devices import warn_of_emulation
 from ..prompts import check_chat_template
 from .advantages import gae, step_rewards
 from .config import PPOConfig
+from .decoding import DecodingMixin
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
 from .reward_guards import RewardGuardMixin
 
@@ -31,7 +32,7 @@ class _EpochSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
-class ActorCriticTrainer(RewardGuardMixin, RLOOTrainer):
+class ActorCriticTrainer(DecodingMixin, RewardGuardMixin, RLOOTrainer):
     """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`."""
 
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset=None, eval_dataset=None, **kwargs):
@@ -77,16 +78,16 @@ class ActorCriticTrainer(RewardGuardMixin, RLOOTrainer):
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._scores.append(self._score(rewards, -self._missing_eos(completion_ids_list)))
+        self._scores.append(self._score(rewards, -self._missing_eos()))
         return rewards
 
-    def _missing_eos(self, completion_ids_list: list[list[int]]) -> torch.Tensor:
-        """The penalty of each response of all processes, `(all B,)`: 0 if it has an end of sequence."""
-        ends = (self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
-        # (3) EOS: a response ends with its EOS token, or it was cut off.
-        cut = [ids[-1] not in ends for ids in completion_ids_list]
-        cut = torch.tensor(cut, dtype=torch.float32, device=self.accelerator.device)
-        return self.accelerator.gather(cut) * (self.args.missing_eos_penalty or 0.0)
+    def _missing_eos(self) -> torch.Tensor:
+        """The penalty of each response of all processes, `(all B,)`: 0 if it has an end."""
+        # (3) EOS: a response ends with an EOS id or a stop string, or it was cut off.
+        cut = [0.0 if ended else 1.0 for ended in self._ended]
+        return self.accelerator.gather(torch.tensor(cut, device=self.accelerator.device)) * (
+            self.args.missing_eos_penalty or 0.0
+        )
 
     def _scored_every(self) -> int:
         """Tokens between two scores of a response. Evaluation scores only finished responses."""

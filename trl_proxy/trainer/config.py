@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import RLOOConfig
 
+from ..decoding.settings import check_generation_kwargs
 from ..devices import DeviceDefaults
 
 
@@ -29,6 +30,8 @@ class RewardTimeoutConfig:
 class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
     """PPO with a critic on top of TRL's [`~trl.RLOOConfig`]: `num_iterations` are PPO's epochs over a rollout,
     `steps_per_generation` its minibatches, `epsilon` its clip range."""
+
+    _samples_the_lm = True  # else a gate chooses among the LM's candidates
 
     num_generations: int | None = field(
         default=4,
@@ -86,13 +89,14 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
                 "`use_transformers_continuous_batching=True` is not supported: rollouts need the record of decisions "
                 "that `generate` keeps; set it to False."
             )
-        if (self.generation_kwargs or {}).get("num_beams", 1) > 1:
-            raise ValueError("`num_beams` above 1 is not supported: a rollout samples; remove it.")
+        check_generation_kwargs(self.generation_kwargs, sampling=self._samples_the_lm)
 
 
 @dataclass
 class ProxyPPOConfig(PPOConfig):
     """PPO on the gate alone. Defaults suit any reward and are the best we measured: see docs/method.md."""
+
+    _samples_the_lm = False
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW on the gate."})
     gradient_checkpointing: bool = field(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.trainer.utils import pad
 
 from ..core.config import WEIGHTS_NAME, proxy_file
 from ..core.rollout import Decisions, Rollout
@@ -18,6 +17,7 @@ from ..modeling.proxies import WeightedProxy
 from ..prompts import check_prompt_lengths
 from .actor_critic import ActorCriticTrainer
 from .config import ProxyPPOConfig
+from .decoding import settings_of
 from .replay import ReplayBuffer, concatenate, is_read_by_loss
 
 # About how many decisions are judged at once outside the update.
@@ -87,40 +87,38 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             check_prompt_lengths(
                 dataset, self._tokenizer, model.config, args.max_completion_length, args.chat_template_kwargs
             )
+        # With the proxy goes how its LM was decoded, so that evaluation and serving can do the same.
+        decoding = {**(model.proxy_config.decoding or {}), **settings_of(args)}
+        del decoding["max_new_tokens"]
+        model.proxy.config.decoding = {name: value for name, value in decoding.items() if value} or None
         self._rollout: Any = None  # the latest Rollout, until `_collect` takes it
         self._replay = ReplayBuffer(args.replay_rollouts)
 
     # Rollout
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        device = self.accelerator.device
         model = self.accelerator.unwrap_model(self.model_wrapped)
         training = self.model.training
-        prompts = [torch.tensor(ids) for ids in prompt_ids]
         # TRL repeats a prompt once per generation; the LM reads it once.
         repeats = self.num_generations if training else self.num_generations_eval
         if any(prompt_ids[i] != prompt_ids[i - i % repeats] for i in range(len(prompt_ids))):
             repeats = 1
-        prompts = prompts[::repeats]
+        prompts = prompt_ids[::repeats]
         size = max((self.args.rollout_batch_size or len(prompt_ids)) // repeats, 1)
         started = time.perf_counter()
         completions, decisions, rollouts = [], [], []
+        self._ended = []
         for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
-            ids = pad(chunk, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
-            mask = pad([torch.ones_like(x) for x in chunk], padding_value=0, padding_side="left").to(device)
-            output = model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=self.generation_config,
+            token_ids, ended, output = self.decoding.generate(
+                model,
+                self.decoding.pad(prompts[start : start + size], self.accelerator.device),
                 num_return_sequences=repeats,
                 # Training explores; evaluation does what deployment does.
                 gate_sample=training,
                 output_rollout=True,
             )
-            responses = output.sequences[:, ids.shape[1] :]
-            lengths = output.decisions.tokens.tolist()
-            completions += [row[:n] for row, n in zip(responses.tolist(), lengths, strict=True)]
+            completions += token_ids
+            self._ended += ended
             decisions.append(output.decisions)
             rollout = output.rollout
             rollouts.append(rollout._replace(hidden=self._stored(rollout.hidden)))

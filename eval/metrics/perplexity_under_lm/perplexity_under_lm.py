@@ -5,9 +5,9 @@ import math
 import datasets
 import evaluate
 
-from baselines.policy import encode_prompts
 from eval.likelihood import likelihood
 from eval.stats import ratio_ci
+from trl_proxy.decoding.settings import encode_prompts
 from trl_proxy.devices import inference_device
 from trl_proxy.loading import load_lm
 

@@ -1,0 +1,81 @@
+"""Rollouts of TRL's online trainers by the project's decoding settings."""
+
+import functools
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, Trainer
+
+from ..decoding.settings import DecodingSettings
+
+
+def settings_of(args) -> dict[str, Any]:
+    """The arguments of [`DecodingSettings.of`] that a trainer's configuration has.
+
+    TRL's fields that repeat an option of `generate` count if they are not at their default: the LM's own
+    generation_config.json keeps its word otherwise, as in the user's `generate`.
+    """
+    options = {"repetition_penalty": None if args.repetition_penalty == 1.0 else args.repetition_penalty}
+    options["cache_implementation"] = args.cache_implementation
+    options = {name: value for name, value in options.items() if value is not None}
+    return {
+        "max_new_tokens": args.max_completion_length,
+        "generation_kwargs": {**options, **(args.generation_kwargs or {})},
+        "chat_template_kwargs": args.chat_template_kwargs or {},
+    }
+
+
+class DecodingMixin(Trainer):
+    """A mixin to list before TRL's RLOOTrainer or GRPOTrainer: rollouts and evaluation decode as [`DecodingSettings`]
+    say. TRL's own sampling fields (`temperature`, `top_p`, ...) stay.
+
+    Attributes:
+        decoding: the settings.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        lm = self.accelerator.unwrap_model(self.model)
+        sampling = getattr(self.args, "_samples_the_lm", True)
+        self.decoding = DecodingSettings.of(lm, self._tokenizer, **settings_of(self.args), sampling=sampling)
+        self.eos_token_ids = self.decoding.eos_token_ids
+        if hasattr(self, "generation_config"):  # else an engine generates
+            options = {**self.generation_kwargs, **self.decoding.generation_config().to_diff_dict()}
+            if "repetition_penalty" not in self.decoding.options:
+                del options["repetition_penalty"]
+            self.generation_config = GenerationConfig(**options | {"disable_compile": True})
+        self._ended: list[bool] = []  # whether each response of the latest rollout has an end
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        lm: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        stops = self.decoding.stop_recorder()
+        configured = lm.generation_config
+        # Values that the user has switched off must not come back from the LM's own configuration.
+        lm.generation_config = self.decoding.generation_config()
+        if stops.criteria:
+            lm.generate = functools.partial(lm.generate, stopping_criteria=[stops])
+        try:
+            result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        finally:
+            lm.generation_config = configured
+            lm.__dict__.pop("generate", None)
+        token_ids, *others = result if isinstance(result, tuple) else (result,)
+        token_ids, self._ended = self.decoding.cut(token_ids, stops)
+        return (token_ids, *others) if others else token_ids
+
+    def _generate(self, prompts):
+        result = super()._generate(prompts)
+        if self.decoding.options.get("stop_strings"):
+            self._log_ends(result[1])
+        return result
+
+    def _log_ends(self, token_ids: list[list[int]]) -> None:
+        """TRL counts a response that ends by a stop string as cut off."""
+        device = self.accelerator.device
+        lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in token_ids], device=device)).float()
+        ended = self.accelerator.gather(torch.tensor(self._ended, device=device))
+        terminated = lengths[ended] if ended.any() else torch.zeros(1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["completions/clipped_ratio"][-1] = 1.0 - ended.float().mean().item()
+        for name in ("mean", "min", "max"):
+            metrics[f"completions/{name}_terminated_length"][-1] = getattr(terminated, name)().item()
