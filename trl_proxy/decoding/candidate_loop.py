@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from ..core.candidates import Candidates, propose_for
 from ..core.features import state_size
@@ -32,6 +32,7 @@ class _Active(NamedTuple):
     token_ids: torch.Tensor  # (A, K) candidates
     log_probs: torch.Tensor  # (A, K)
     last: torch.Tensor  # (A,) rank of the last candidate
+    waiting: torch.Tensor  # (A,) bool: has accepted the token of this step, see `CandidateLoop.in_step`
 
     def select(self, keep: torch.Tensor) -> "_Active":
         return _Active(*(x[keep] for x in self))
@@ -41,12 +42,21 @@ class _Active(NamedTuple):
 
 
 class CandidateLoop:
-    """The state of [`candidate_decode`], in order of use: prefill, then offers until all rows end."""
+    """The state of [`candidate_decode`], in order of use: prefill, then offers until all rows end.
+
+    A row that has accepted a token goes on at once. If there are logits processors, stopping criteria or a streamer,
+    it waits for the others (`in_step`): these see all rows at every step, as in transformers' own loop. A waiting row
+    feeds its accepted token once more, which changes nothing.
+    """
 
     def __init__(self, lm, input_ids, processors, criteria, generation_config, config, streamer, tree):
         self.lm, self.config, self.streamer, self.tree = lm, config, streamer, tree
-        self.processors, self.criteria = processors, criteria
-        self.other_criteria = any(not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)) for c in criteria)
+        self.processors = processors
+        # The loop itself ends rows by length and EOS.
+        self.criteria = StoppingCriteriaList(
+            c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
+        )
+        self.in_step = bool(processors or self.criteria or streamer is not None)
         self.batch, self.prompt_width = input_ids.shape
         self.device, self.capacity = input_ids.device, generation_config.max_length
         self.max_new_tokens = self.capacity - self.prompt_width
@@ -85,28 +95,37 @@ class CandidateLoop:
         zeros = torch.zeros_like(rows)
         visible = self.sequences.new_zeros(self.batch, slots)
         visible[:, : self.prompt_width] = attention_mask
-        candidates = self._propose(rows, zeros, logits)
-        self.active = _Active(
-            rows, zeros, attention_mask.sum(-1), visible, zeros, *candidates[:2], last=candidates.counts - 1
-        )
+        if self.in_step:
+            self.steps, self.next_logits = 0, logits.float()
+        candidates = self._propose(logits)
+        last, waiting = candidates.counts - 1, torch.zeros_like(rows, dtype=torch.bool)
+        lengths = attention_mask.sum(-1)
+        self.active = _Active(rows, zeros, lengths, visible, zeros, *candidates[:2], last=last, waiting=waiting)
 
     def offer(self, judge, threshold: float, sample: bool, keep_hidden: bool) -> None:
         """Offers each active row its next candidate, or its next few as a tree, in one forward of the LM."""
         # A forced token that ends its response needs no forward, as in plain decoding.
         token, forced = self.active.at_rank(self.active.token_ids), self.active.rank == self.active.last
         if (over := forced & self._is_final(token)).any():
-            self._accept(over.nonzero()[:, 0], token, forced, over)
-            self._keep((~over).nonzero()[:, 0])
-            if not len(self.active.rows):
-                return
+            if self.in_step:
+                self._wait(over)
+                if self.active.waiting.all():
+                    return self._finish_step()
+            else:
+                self._accept(over.nonzero()[:, 0], token, forced)
+                self._keep((~over).nonzero()[:, 0])
+                if not len(self.active.rows):
+                    return
 
         active = self.active
         rows = torch.arange(len(active.rows), device=self.device)
-        n = min(int((active.last - active.rank).max()) + 1, TREE_CANDIDATES) if self._as_tree() else 1
+        left = torch.where(active.waiting, 0, active.last - active.rank)
+        n = min(int(left.max()) + 1, TREE_CANDIDATES) if self._as_tree() else 1
         ranks = active.rank[:, None] + torch.arange(n, device=self.device)  # (A, n)
         tokens = active.token_ids.gather(1, torch.minimum(ranks, active.last[:, None]))
-        asked = ranks < active.last[:, None]
-        accept = ranks == active.last[:, None]
+        waiting = active.waiting[:, None]
+        asked = (ranks < active.last[:, None]) & ~waiting
+        accept = (ranks == active.last[:, None]) | waiting
         state: Any = None
 
         def select(hidden: torch.Tensor) -> torch.Tensor:
@@ -117,7 +136,8 @@ class CandidateLoop:
                 rows_asked = active.rows[:, None].expand_as(asked)[asked]
                 accept[asked] = decide(judge(state[asked], rows_asked), threshold, sample)
             first = accept.long().argmax(-1)
-            return hidden[rows, first][accept[rows, first] & ~self._is_final(tokens[rows, first])]
+            final = self._is_final(tokens[rows, first])
+            return hidden[rows, first][accept[rows, first] & ~final & ~active.waiting]
 
         slots = self.prompt_width + active.length
         visible = active.visible.scatter(1, slots[:, None], 1)
@@ -131,9 +151,9 @@ class CandidateLoop:
                 use_cache=True,
             )
         first = accept.long().argmax(-1)
-        taken = accept[rows, first]
-        self.forwards[active.rows] += 1
-        self.rejections[active.rows] += torch.where(taken, first, n)
+        taken = accept[rows, first] & ~active.waiting
+        self.forwards[active.rows] += (~active.waiting).long()
+        self.rejections[active.rows] += torch.where(taken | active.waiting, first, n)
         if keep_hidden and asked.any():
             self._record(state, tokens, ranks, asked, accept)
         if self.config.pooled_features:
@@ -155,7 +175,8 @@ class CandidateLoop:
         self.events.append(CandidateDecisions(row, hidden, length, *rest))
 
     def _advance(self, tokens, first, taken, slots, visible, logits) -> None:
-        """Moves every row on: to its next position if a candidate was accepted, else to its next candidates."""
+        """Moves every row on: to its next position if a candidate was accepted just now, else to its next
+        candidates."""
         rows, n = torch.arange(len(tokens), device=self.device), tokens.shape[1]
         self.active = active = self.active._replace(rank=self.active.rank + first, visible=visible)
         moved = (taken & (first > 0)).nonzero()[:, 0]
@@ -163,20 +184,51 @@ class CandidateLoop:
             self.cache.move(moved, slots[moved] + first[moved], slots[moved])
         token, forced = tokens[rows, first], active.rank == active.last
         final = self._is_final(token)
-        ended = self._accept(taken.nonzero()[:, 0], token, forced, final)
+        if self.in_step:
+            self.next_logits[active.rows[taken & ~final]] = logits.view(-1, self.next_logits.shape[-1]).float()
+            self.active = active._replace(rank=torch.where(taken | active.waiting, active.rank, active.rank + n))
+            self._wait(taken)
+            if self.active.waiting.all():
+                self._finish_step()
+            return
+        self._accept(taken.nonzero()[:, 0], token, forced)
         active = self.active._replace(rank=torch.where(taken, 0, active.rank + n))
         # (3) EOS: a row whose accepted token is final gets no new candidates.
         going = (taken & ~final).nonzero()[:, 0]
         if len(going):
-            new = self._propose(active.rows[going], active.length[going], logits.view(len(going), -1))
+            new = self._propose(logits.view(len(going), -1))
             active = active._replace(
                 token_ids=active.token_ids.index_copy(0, going, new.token_ids),
                 log_probs=active.log_probs.index_copy(0, going, new.log_probs),
                 last=active.last.index_copy(0, going, new.counts - 1),
             )
         self.active = active
-        if ended.any():
+        if (ended := taken & final).any():
             self._keep((~ended).nonzero()[:, 0])
+
+    def _wait(self, rows: torch.Tensor) -> None:
+        """Makes these rows, `(A,)` bool, wait for the others."""
+        self.active = self.active._replace(waiting=self.active.waiting | rows)
+
+    def _finish_step(self) -> None:
+        """All rows have accepted a token: the streamer and the criteria see it, and new candidates are formed."""
+        active = self.active
+        token, forced = active.at_rank(active.token_ids), active.rank == active.last
+        ended = self._is_final(token)
+        self._accept(torch.arange(len(token), device=self.device), token, forced)
+        self.steps += 1
+        ids = self.sequences[:, : self.prompt_width + self.steps]
+        if self.criteria:
+            ended = ended | self.criteria(ids, None)[active.rows]
+        if self.streamer is not None:
+            self.streamer.put(ids[:, -1].cpu())
+        self._keep((~ended).nonzero()[:, 0])
+        if not len(self.active.rows):
+            return
+        new = self._propose(self.next_logits, ids)
+        token_ids, log_probs, last = (x[self.active.rows] for x in (new.token_ids, new.log_probs, new.counts - 1))
+        begun = {"rank": torch.zeros_like(last), "waiting": torch.zeros_like(last, dtype=torch.bool)}
+        self.active = self.active._replace(token_ids=token_ids, log_probs=log_probs, last=last, **begun)
 
     def _state(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the gate reads of the candidates just fed, `(A, n, state_size)`: their states. With pooled features,
@@ -203,24 +255,15 @@ class CandidateLoop:
         seen = accepted.scatter(2, slots[..., None], 1)[:, None].to(self.lm.dtype)
         return (1 - seen) * torch.finfo(self.lm.dtype).min
 
-    def _accept(self, which: torch.Tensor, token, forced, final) -> torch.Tensor:
-        """Appends `token` to the active rows `which`; returns for every active row whether it ends, `(A,)`."""
-        ended = torch.zeros_like(final)
-        if not len(which):
-            return ended
+    def _accept(self, which: torch.Tensor, token: torch.Tensor, forced: torch.Tensor) -> None:
+        """Appends `token` to the active rows `which`."""
         active = self.active
         rows = active.rows[which]
         self.sequences[rows, self.prompt_width + active.length[which]] = token[which]
         self.tokens[rows] += 1
         self.forced[rows] += forced[which].long()
         self.token_log_probs[rows] += active.at_rank(active.log_probs)[which]
-        self.active = active = active._replace(length=active.length.index_add(0, which, torch.ones_like(which)))
-        ended[which] = final[which]
-        if self.other_criteria:
-            ended[which] |= self._by_length(rows, active.length[which], lambda ids, _: self.criteria(ids, None))
-        if self.streamer is not None:
-            self.streamer.put(token[which].cpu())
-        return ended
+        self.active = active._replace(length=active.length.index_add(0, which, torch.ones_like(which)))
 
     def _keep(self, keep: torch.Tensor) -> None:
         """Removes all other rows from the batch and the cache."""
@@ -228,22 +271,9 @@ class CandidateLoop:
         if len(keep):
             self.cache.select_rows(keep)
 
-    def _propose(self, rows: torch.Tensor, length: torch.Tensor, logits: torch.Tensor) -> Candidates:
+    def _propose(self, logits: torch.Tensor, ids: torch.Tensor | None = None) -> Candidates:
+        """Candidates from logits `(rows, vocab)`; the processors see those of all rows, after `ids`."""
         if self.processors:
-            logits = logits.float()
-            logits = self._by_length(rows, length, lambda ids, group: self._process(ids, logits[group], rows[group]))
+            ids = self.sequences[:, : self.prompt_width] if ids is None else ids
+            logits = self.processors(ids, logits.float())
         return propose_for(self.config, logits)
-
-    def _process(self, ids: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Runs the processors on all rows, because some (the repetition penalty) keep a value per row of the batch."""
-        everyone = scores.new_zeros(self.batch, scores.shape[-1]).index_copy_(0, rows, scores)
-        return self.processors(self.sequences[:, : ids.shape[1]], everyone)[rows]
-
-    def _by_length(self, rows: torch.Tensor, length: torch.Tensor, call) -> torch.Tensor:
-        """`call(ids, group)` on rows of equal length: processors and criteria need rectangular ids."""
-        results, order = [], []
-        for n in length.unique().tolist():
-            group = (length == n).nonzero()[:, 0]
-            results.append(call(self.sequences[rows[group], : self.prompt_width + n], group))
-            order.append(group)
-        return torch.cat(results)[torch.cat(order).argsort()]

@@ -43,7 +43,7 @@ class DecodingMixin(Trainer):
             options = {**self.generation_kwargs, **self.decoding.generation_config().to_diff_dict()}
             if "repetition_penalty" not in self.decoding.options:
                 del options["repetition_penalty"]
-            self.generation_config = GenerationConfig(**options | {"disable_compile": True})
+            self.generation_config = GenerationConfig(**options | {"stop_strings": None, "disable_compile": True})
         self._ended: list[bool] = []  # whether each response of the latest rollout has an end
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
