@@ -416,3 +416,60 @@ def test_half_a_record_is_named_before_a_model_is_loaded(run, no_model, tmp_path
     (tmp_path / "records" / "sft-seed0.json").write_text('{"method": "sft", "rew')
     with pytest.raises(ValueError, match=r"sft-seed0.json is no whole JSON file .*: delete it and evaluate again"):
         run()
+
+
+# How an LM is decoded
+
+
+def with_decoding(folder, name: str, copied: Path, **decoding) -> Path:
+    """A copy of a trained proxy that was decoded in training as said."""
+    shutil.copytree(folder / name, copied)
+    config = json.loads((copied / "proxy_config.json").read_text())
+    (copied / "proxy_config.json").write_text(json.dumps({**config, "decoding": decoding}))
+    return copied
+
+
+def test_methods_are_decoded_as_in_training(run, folder, tmp_path):
+    """The records say how, and an untrained gate answers as the LM: both with what the LM ships and the user gave."""
+    proxy = with_decoding(
+        folder, "prefix", tmp_path / "p", generation_kwargs={"suppress_tokens": [40]}, system_prompt="S"
+    )
+    accepting = ProxyModelForCausalLM(AutoModelForCausalLM.from_pretrained(folder / "lm"), ProxyConfig())
+    accepting.save_pretrained(tmp_path / "accepting")
+    shutil.copy(tmp_path / "accepting" / "proxy_model.safetensors", proxy)
+    config = json.loads((tmp_path / "accepting" / "proxy_config.json").read_text())
+    config["decoding"] = json.loads((proxy / "proxy_config.json").read_text())["decoding"]
+    (proxy / "proxy_config.json").write_text(json.dumps(config))
+    records = run(proxies=[proxy], output_dir=tmp_path / "a", best_of=[2])
+    sft, gated, best = (
+        next(r for name, r in records.items() if name.startswith(m)) for m in ("sft", "proxy", "best_of_n")
+    )
+    assert gated["responses"] == sft["responses"]
+    assert sft["decoding"] == gated["decoding"] == best["decoding"]
+    assert sft["decoding"]["generation_kwargs"]["suppress_tokens"] == [40]
+    assert sft["decoding"]["system_prompt"] == "S"
+    plain = run(proxies=[proxy], output_dir=tmp_path / "b", methods="sft", generation_kwargs="{}", system_prompt="")
+    assert "suppress_tokens" not in plain["sft-seed0"]["decoding"]["generation_kwargs"]
+
+
+@pytest.mark.fault
+def test_trainings_that_were_decoded_differently_are_not_compared_unsaid(run, folder, tmp_path, no_model):
+    one = with_decoding(folder, "prefix", tmp_path / "p", chat_template_kwargs={"enable_thinking": False})
+    other = with_decoding(folder, "candidate", tmp_path / "c", chat_template_kwargs={"enable_thinking": True})
+    with pytest.raises(ValueError, match=r"chat_template_kwargs=.*False.* with .*True.*: say which counts by --chat"):
+        run(proxies=[one, other])
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("generation_kwargs", '{"top_k": 5}', "has top_k=5: the method decides"),
+        ("generation_kwargs", '{"num_beems": 5}', "did you mean 'num_beams'"),
+        ("generation_kwargs", "[1]", "--generation_kwargs must be a JSON object"),
+        ("chat_template_kwargs", "thinking", "--chat_template_kwargs must be a JSON object"),
+    ],
+)
+def test_decoding_arguments_that_cannot_be_kept_are_refused(run, flag, value, message):
+    with pytest.raises(ValueError, match=message):
+        run(**{flag: value})

@@ -121,7 +121,7 @@ def encode_prompts(prompts: list, tokenizer, **chat_template_kwargs) -> list[lis
 
 def with_system_prompt(prompt: str | list[dict], system_prompt: str | None) -> str | list[dict]:
     """The conversation with the system message in front, if it has none; `ValueError` for a plain prompt."""
-    if system_prompt is None:
+    if not system_prompt:
         return prompt
     if isinstance(prompt, str):
         raise ValueError(

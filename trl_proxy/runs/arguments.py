@@ -84,7 +84,7 @@ def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Datas
 
 def add_system_prompt(dataset: Dataset, system_prompt: str | None) -> Dataset:
     """The dataset with the system message before every prompt that has none."""
-    if system_prompt is None:
+    if not system_prompt:
         return dataset
     return dataset.map(lambda row: {"prompt": with_system_prompt(row["prompt"], system_prompt)})
 
