@@ -19,10 +19,10 @@ from baselines.policy import (
     generate,
     in_order,
     prompt_batches,
-    score,
 )
 from baselines.sft import GreedyPolicy
 from trl_proxy.decoding.prefix_cache import prefill
+from trl_proxy.rewards.caller import as_caller
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BestOfNPolicy(GreedyPolicy):
 
     Args:
         model: the plain LM.
-        reward: in TRL's calling convention, see [`~baselines.policy.score`].
+        reward: in TRL's calling convention, or a [`~trl_proxy.rewards.RewardCaller`].
         n: samples per prompt.
         temperature, top_p: of the sampling; no top-k or min-p, whatever the model's generation config says.
         seed: sample `k` depends on `seed` and `k` alone: the samples of a smaller `n` are the first of a larger one's.
@@ -85,7 +85,7 @@ class BestOfNPolicy(GreedyPolicy):
         self.reward, self.n = reward, n
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
-    def sample(self, prompts: Prompts, **columns) -> Samples:
+    def sample(self, prompts: Prompts, /, **columns) -> Samples:
         """Draws and scores `n` samples; `columns` are handed to the reward."""
         start = time.perf_counter()
         batches = list(prompt_batches(self.model, self.tokenizer, prompts, batch_size=self.batch_size))
@@ -121,7 +121,7 @@ class BestOfNPolicy(GreedyPolicy):
             texts = decode_texts(self.tokenizer, token_ids)
             samples.texts.append(texts)
             samples.token_ids.append(token_ids)
-            samples.rewards.append(score(self.reward, prompts, texts, **columns))
+            samples.rewards.append(as_caller(self.reward).score(prompts, texts, token_ids, columns))
             samples.seconds.append(seconds[k] + time.perf_counter() - start)
         return samples
 

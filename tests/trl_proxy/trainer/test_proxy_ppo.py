@@ -283,9 +283,9 @@ def test_a_reward_of_the_wrong_count_stops_the_run(train):
         ({"a": 1.0}, "returned a dict ({'a': 1.0}) instead of a list of 32 numbers"),
         ("a" * 32, "returned a str ('aaaa"),
         ([[1.0]] * 32, "returned [1.0] instead of a finite number, for the prompt '"),
-        ([1.0] * 33, "returned 33 rewards, but 32 were expected"),
+        ([1.0] * 33, "returned 33 rewards, but 32 were expected, for a batch whose first prompt is '"),
         ([], "returned 0 rewards, but 32 were expected"),
-        ([1e300] * 32, "The rewards [inf] are not finite on the prompt '"),
+        ([1e300] * 32, "returned 1e+300 instead of a number that float32 can hold, for the prompt '"),
         (SystemExit("bye"), "raised SystemExit (bye) on the prompt '"),
         (MemoryError("two\nlines"), "raised MemoryError (two lines) on the prompt '"),
     ],
@@ -334,7 +334,7 @@ def test_a_reward_that_hangs_is_stopped(train, tmp_path, kind):
         await asyncio.sleep(60)
 
     reward = {"stubborn": stubborn, "slow": slow, "async": forever}[kind]
-    where = {"stubborn": "on the prompt 'ck ': fix it", "slow": "", "async": "on a batch whose first prompt is '"}
+    where = {"stubborn": "on the prompt 'ck ': fix it", "slow": "", "async": "on the prompt '"}
     begun = time.monotonic()
     with pytest.raises(RewardError) as error:
         train(reward=reward, max_steps=100, reward_timeout=0.2)
@@ -400,7 +400,7 @@ def test_none_is_allowed_where_another_reward_applies(train):
 
     trainer = train(reward=[sometimes, upper_case], reward_weights=[1.0, 2.0])
     assert logged(trainer, "rewards/sometimes/mean") == [1.0]
-    with pytest.raises(RewardError, match="not finite on the prompt"):
+    with pytest.raises(RewardError, match=r"No reward applies to the prompt '.+': sometimes, sometimes_2 returned None"):
         train(reward=[sometimes, sometimes], name="none")
 
 
