@@ -9,7 +9,6 @@ from baselines.policy import cut_at_stop, decode_texts, encode_prompts, generate
 from baselines.proxy import ProxyPolicy
 from baselines.sft import GreedyPolicy
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
-from trl_proxy.prompts import to_text
 
 TEXTS = ["a longer prompt of many letters", "b", "some more", "one", "the last of the five"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS]

@@ -400,7 +400,9 @@ def test_none_is_allowed_where_another_reward_applies(train):
 
     trainer = train(reward=[sometimes, upper_case], reward_weights=[1.0, 2.0])
     assert logged(trainer, "rewards/sometimes/mean") == [1.0]
-    with pytest.raises(RewardError, match=r"No reward applies to the prompt '.+': sometimes, sometimes_2 returned None"):
+    with pytest.raises(
+        RewardError, match=r"No reward applies to the prompt '.+': sometimes, sometimes_2 returned None"
+    ):
         train(reward=[sometimes, sometimes], name="none")
 
 
