@@ -112,8 +112,8 @@ def check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> None
     """`ValueError` if there is not one weight for each reward."""
     if weights is not None and len(weights) != len(names):
         raise ValueError(
-            f"`reward_weights` must have one number for each reward ({', '.join(names)}), got {len(weights)}: "
-            f"{shorten(list(weights))}."
+            f"`reward_weights` has {len(weights)} weights for {len(names)} rewards ({', '.join(names)}): give one for "
+            "each."
         )
 
 

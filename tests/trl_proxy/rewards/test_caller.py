@@ -53,7 +53,7 @@ def test_a_prompt_that_no_reward_applies_to():
 @pytest.mark.fault
 @pytest.mark.parametrize("weights", [[], [1.0], [1.0, 2.0, 3.0]])
 def test_there_is_one_weight_for_each_reward(weights):
-    with pytest.raises(ValueError, match=r"must have one number for each reward \(length, max\), got"):
+    with pytest.raises(ValueError, match=r"`reward_weights` has \d weights for 2 rewards \(length, max\): give one"):
         RewardCaller([length, max], weights=weights)
 
 
