@@ -17,11 +17,11 @@ from baselines.policy import (
     Prompts,
     decode_texts,
     in_order,
-    score,
 )
 from baselines.sft import GreedyPolicy
 from trl_proxy.decoding.prefix_cache import prefill
 from trl_proxy.decoding.settings import TRUNCATIONS, DecodingSettings
+from trl_proxy.rewards.caller import as_caller
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class BestOfNPolicy(GreedyPolicy):
 
     Args:
         model: the plain LM.
-        reward: in TRL's calling convention, see [`~baselines.policy.score`].
+        reward: in TRL's calling convention, or a [`~trl_proxy.rewards.RewardCaller`].
         n: samples per prompt.
         temperature, top_p: of the sampling; no other truncation, whatever the model's generation config says.
         seed: sample `k` depends on `seed` and `k` alone: the samples of a smaller `n` are the first of a larger one's.
@@ -85,7 +85,7 @@ class BestOfNPolicy(GreedyPolicy):
         self.reward, self.n = reward, n
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
-    def sample(self, prompts: Prompts, **columns) -> Samples:
+    def sample(self, prompts: Prompts, /, **columns) -> Samples:
         """Draws and scores `n` samples; `columns` are handed to the reward."""
         start = time.perf_counter()
         batches = list(self.decoding.batches(prompts, batch_size=self.batch_size, device=self.model.device))
@@ -114,7 +114,7 @@ class BestOfNPolicy(GreedyPolicy):
             texts = decode_texts(self.tokenizer, token_ids)
             samples.texts.append(texts)
             samples.token_ids.append(token_ids)
-            samples.rewards.append(score(self.reward, prompts, texts, **columns))
+            samples.rewards.append(as_caller(self.reward).score(prompts, texts, token_ids, columns))
             samples.seconds.append(seconds[k] + time.perf_counter() - start)
         return samples
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,20 +25,20 @@ from baselines.training import LoraModelConfig
 from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.files import write_text
-from trl_proxy.loading import load_callable_reward, load_prompts
+from trl_proxy.loading import load_prompts
 from trl_proxy.prompts import to_text
+from trl_proxy.rewards.caller import RewardCaller
 from trl_proxy.runs.arguments import (
     DecodingArguments,
     RunArguments,
     add_system_prompt,
     load_policy,
-    reward_names,
+    load_rewards,
     to_device,
 )
 from trl_proxy.runs.fit import fit, prepare_run
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
 from trl_proxy.trainer.config import RewardTimeoutConfig
-from trl_proxy.trainer.reward_guards import GuardedReward, RewardError
 
 PAIRS_FILE = "pairs.json"
 
@@ -83,13 +82,14 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
         the trainer; its `model` is trained, and saved in the output folder.
     """
     run, checkpoint = prepare_run("dpo", run_args, training_args, model_args)
+    reward = None if run_args.pairs == "dataset" else _load_reward(run_args, training_args)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
     seconds = 0.0
-    if run_args.pairs == "dataset":
+    if reward is None:
         pairs = check_pairs(load_prompts(run_args.dataset_name, run_args.dataset_train_split), run_args.dataset_name)
         pairs = add_system_prompt(pairs, run_args.system_prompt)
     else:
-        pairs, seconds = cached_pairs(lm, tokenizer, run_args, training_args)
+        pairs, seconds = cached_pairs(lm, tokenizer, reward, run_args, training_args)
     if run_args.chat_template_kwargs:  # TRL takes them from a column
         pairs = pairs.add_column("chat_template_kwargs", [run_args.chat_template_kwargs] * len(pairs))
     set_seed(training_args.seed)  # the adapter's first weights are the same whether pairs were sampled just now or not
@@ -118,28 +118,16 @@ def check_pairs(dataset: Dataset, name: str) -> Dataset:
     return dataset.select_columns(list(columns))
 
 
-class WeightedReward:
-    """The weighted sum of several rewards; a reward that returns None does not apply."""
-
-    __name__ = "weighted reward"
-
-    def __init__(self, rewards: list[Callable], weights: list[float] | None, timeout: float | None):
-        self.rewards = [GuardedReward(reward, reward.__name__, len(rewards) > 1, timeout) for reward in rewards]
-        self.weights = weights or [1.0] * len(rewards)
-        if len(self.weights) != len(rewards):
-            raise ValueError(f"`reward_weights` has {len(self.weights)} weights for {len(rewards)} rewards.")
-
-    def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
-        totals = [0.0] * len(prompts)
-        for reward, weight in zip(self.rewards, self.weights, strict=True):
-            values = reward(prompts=prompts, completions=completions, **columns)
-            if reward.error:
-                raise RewardError(reward.error)
-            totals = [total + weight * float(value or 0.0) for total, value in zip(totals, values, strict=True)]
-        return totals
+def _load_reward(run_args: DPOArguments, training_args: DPOConfig) -> RewardCaller:
+    """The weighted sum of the rewards. It is loaded before the LM: a wrong name fails early."""
+    weights, trusted = run_args.reward_weights, training_args.trust_remote_code
+    rewards = load_rewards(run_args, weights, trusted, training_args.device)
+    return RewardCaller(rewards, weights=weights, timeout=run_args.reward_timeout)
 
 
-def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig) -> tuple[Dataset, float]:
+def cached_pairs(
+    lm, tokenizer, reward: RewardCaller, run_args: DPOArguments, training_args: DPOConfig
+) -> tuple[Dataset, float]:
     """The pairs in the output folder, made first if needed, and the seconds that making them took."""
     state = PartialState()
     path = os.path.join(training_args.output_dir, PAIRS_FILE)
@@ -170,17 +158,14 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
     prompts = add_system_prompt(prompts, run_args.system_prompt)
     if run_args.num_pair_prompts:
         prompts = prompts.shuffle(seed=training_args.seed).select(range(min(run_args.num_pair_prompts, len(prompts))))
-    rewards = [
-        load_callable_reward(name, batch_size=run_args.sampling_batch_size, device=state.device)
-        for name in reward_names(run_args)
-    ]
+    reward.check(prompts.column_names, prompts["prompt"][0])
     mine = prompts.shard(state.num_processes, state.process_index, contiguous=True)
     pairs = gather_object(
         sample_pairs(
             to_device(lm, state.device),
             tokenizer,
             mine,
-            WeightedReward(rewards, run_args.reward_weights, run_args.reward_timeout),
+            reward,
             samples_per_prompt=run_args.samples_per_prompt,
             batch_size=run_args.sampling_batch_size,
             decoding=DecodingSettings.of(
@@ -208,7 +193,7 @@ def sample_pairs(
     lm,
     tokenizer,
     prompts: Dataset,
-    reward: Callable,
+    reward: RewardCaller,
     *,
     samples_per_prompt: int,
     batch_size: int,

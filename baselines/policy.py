@@ -15,10 +15,8 @@ from typing import Protocol
 
 import torch
 from tqdm.auto import tqdm
-from trl import is_conversational
 
 from trl_proxy.decoding.settings import DecodingSettings
-from trl_proxy.rewards.checks import check_rewards
 
 # For `logits_to_keep`: the last position by its index. For the slice that `generate` takes by itself, torch on a CPU
 # copies the weights of the head once per row of the batch.
@@ -85,19 +83,3 @@ def in_order(batches: list[tuple[list[int], list[list[int]]]]) -> list[list[int]
 def decode_texts(tokenizer, token_ids: list[list[int]]) -> list[str]:
     """The responses as text, as TRL's trainers hand them to a reward."""
     return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-
-
-def score(reward, prompts: Prompts, texts: list[str], **columns) -> list[float]:
-    """One finite reward per response, in TRL's calling convention (conversational prompts get message lists).
-
-    Args:
-        reward: `reward(prompts, completions, **columns) -> list[float]`, a named function or callable.
-        columns: further dataset columns, one entry per prompt.
-
-    Raises:
-        ValueError: if the reward returns another number of values, or None, NaN or an infinity.
-    """
-    conversational = is_conversational({"prompt": prompts[0]})
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-    rewards = reward(prompts=prompts, completions=completions, **columns)
-    return check_rewards(rewards, len(prompts), prompts, reward.__name__)

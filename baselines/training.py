@@ -40,7 +40,7 @@ def train_on_reward(method: str, trainer_class, run_args: RunArguments, training
     """
     run, checkpoint = prepare_run(method, run_args, training_args, model_args)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
-    rewards = load_rewards(run_args)
+    rewards = load_rewards(run_args, training_args.reward_weights, training_args.trust_remote_code)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
     check_chat_template(train_dataset[0]["prompt"], tokenizer)
     trainer = trainer_class(

@@ -13,13 +13,14 @@ from dataclasses import asdict
 import numpy as np
 from datasets import Dataset
 
-from baselines.policy import Completions, Policy, score
+from baselines.policy import Completions, Policy
 from eval.likelihood import likelihood
 from eval.records import Record, Run, git_commit, package_versions, prompts_sha256
 from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
 from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.prompts import to_text
+from trl_proxy.rewards.caller import as_caller
 
 
 def summarise(rewards, gold_rewards, texts, baseline) -> dict:
@@ -76,7 +77,8 @@ def evaluate_completions(
     Args:
         completions: one response per prompt.
         prompts: column `prompt`, plain or conversational; optional column `kind`. Other columns go to the rewards.
-        reward, gold_reward: in TRL's calling convention; `gold_reward` may be None.
+        reward, gold_reward: in TRL's calling convention, or [`~trl_proxy.rewards.RewardCaller`]s; `gold_reward` may be
+            None.
         lm: the frozen LM, which tells how likely the responses are.
         decoding: how the responses were decoded.
         run: what the caller knows of the method.
@@ -101,8 +103,9 @@ def evaluate_completions(
         )
     conversations, texts = prompts["prompt"][:], completions.texts
     columns = {name: prompts[name][:] for name in prompts.column_names if name != "prompt"}
-    rewards = score(reward, conversations, texts, **columns)
-    gold_rewards = None if gold_reward is None else score(gold_reward, conversations, texts, **columns)
+    answers = conversations, texts, completions.token_ids, columns
+    rewards = as_caller(reward).score(*answers)
+    gold_rewards = None if gold_reward is None else as_caller(gold_reward).score(*answers)
     if baseline_record is not None:
         rewards = _settle_ties(rewards, texts, baseline_record, "rewards")
         gold_rewards = _settle_ties(gold_rewards, texts, baseline_record, "gold_rewards")

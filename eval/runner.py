@@ -25,8 +25,9 @@ from trl_proxy import ProxyModelForCausalLM
 from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.devices import inference_device
 from trl_proxy.files import write_text
-from trl_proxy.loading import load_callable_reward
+from trl_proxy.loading import load_reward
 from trl_proxy.modeling.card import add_results
+from trl_proxy.rewards.caller import RewardCaller
 from trl_proxy.runs.arguments import add_system_prompt, load_policy, to_device
 from trl_proxy.runs.process import lock_folder
 
@@ -46,7 +47,7 @@ class Evaluation:
     def __init__(self, args: CompareArguments, model_args: ModelConfig, prompts: Dataset, run: Run):
         self.args, self.prompts, device = args, prompts, inference_device()
         self.reward, self.gold_reward = (  # before the LM: they are small, and a wrong name fails early
-            load_callable_reward(name, batch_size=args.batch_size, device=device)
+            None if name is None else self._load_reward(name, device)
             for name in (run.reward_model, run.gold_reward_model)
         )
         lm, self.tokenizer = load_policy(model_args, args, device)
@@ -61,6 +62,14 @@ class Evaluation:
         )
         self.policy = {"batch_size": args.batch_size, "decoding": self.decoding}
         self.results: dict = {"output_dir": args.output_dir}
+
+    def _load_reward(self, name: str, device) -> RewardCaller:
+        trusted = self.args.trust_remote_code
+        caller = RewardCaller(
+            load_reward(name, batch_size=self.args.batch_size, device=device, trust_remote_code=trusted)
+        )
+        caller.check(self.prompts.column_names, self.prompts["prompt"][0])
+        return caller
 
     def _shared(self, lm=None):
         return self.prompts, self.reward, self.gold_reward, lm or self.lm, self.decoding

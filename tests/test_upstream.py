@@ -10,8 +10,9 @@ from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, Stop
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer, RLOOTrainer
+from trl.models import prepare_deepspeed
 from trl.trainer import rloo_trainer
-from trl.trainer.utils import RepeatSampler, is_async_callable, pad
+from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, pad, start_event_loop_in_daemon
 
 from trl_proxy import PPOTrainer, ProxyPPOTrainer
 from trl_proxy.decoding.prefix_cache import PreallocatedLayer
@@ -110,6 +111,15 @@ def test_every_override_of_the_cache_is_watched(ours, theirs):
         "self._pending_extra_logs =",
         "self._pending_metrics =",
         "self.reward_weights =",
+        "self.reward_func_names =",
+        "def _log_completion_extra(",
+        "def _log_metric(",
+        'key not in ["prompt", "completion", "completion_ids"]',
+        'reward_kwargs["trainer_state"] =',
+        'reward_kwargs["log_extra"] =',
+        'reward_kwargs["log_metric"] =',
+        'text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False',
+        "apply_chat_template(x, reward_processing_class, **self.chat_template_kwargs)",
         "self.epsilon_low =",
         "self.num_generations_eval =",
         "self.max_completion_length =",
@@ -127,6 +137,9 @@ def test_functions_that_are_no_api():
         parameters(rotate_checkpoints)
     )
     assert is_async_callable(test_functions_that_are_no_api) is False
+    assert get_callable_name(pad) == "pad"
+    assert parameters(prepare_deepspeed)[:2] == ["model", "accelerator"]
+    assert parameters(start_event_loop_in_daemon) == ["name"]
     # `_EpochSampler` reads these and stands in for the class itself.
     sampler = RepeatSampler([1, 2], mini_repeat_count=1, shuffle=True, seed=3)
     assert (sampler.shuffle, sampler.seed) == (True, 3)

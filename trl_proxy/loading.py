@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .devices import best_device, half_dtype, has_bfloat16, warn_of_emulation
 from .embedded.lm import embedded_lm_path
 from .embedded.prompts import DATA, _embedded_prompts
-from .rewards.checks import import_reward
+from .rewards.checks import TRL_REWARDS, import_reward
 from .rewards.classifier import ClassifierReward
 from .rewards.preference import PreferenceReward
 
@@ -122,24 +122,29 @@ def _implicit_prompt(chosen: str | list[dict]) -> list[dict]:
     return messages[:-1]
 
 
-def load_reward(name: str = EMBEDDED):
-    """A reward as TRL's trainers take it.
+def load_reward(
+    name: str = EMBEDDED,
+    *,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> Callable:
+    """A reward as a function, as TRL's trainers and [`~trl_proxy.rewards.RewardCaller`] take it.
 
     Args:
         name: `embedded` (balanced), `embedded:harmless`, `embedded:helpful`, `embedded:gold` (for
-            evaluation only), a dotted import path of a reward function, or a model id.
+            evaluation only), a dotted import path of a reward function, the name of one of TRL's, or a reward model: a
+            folder or a hub id of a sequence classifier with one label.
+        batch_size, device, trust_remote_code: of a reward model.
 
-    Returns:
-        A callable `(prompts, completions, **columns) -> list[float]`, or the model id itself, which TRL loads.
+    Raises:
+        `ValueError`: there is no such reward, or a model is no reward model.
     """
     if name == EMBEDDED or name.startswith(EMBEDDED + ":"):
         return PreferenceReward.from_pretrained(DATA / "reward", side=name.partition(":")[2] or "balanced")
-    if "/" not in name and "." in name and not Path(name).exists():
+    is_path = "." in name or name in TRL_REWARDS
+    if is_path and "/" not in name and not Path(name).exists():
         return import_reward(name)
-    return name
-
-
-def load_callable_reward(name: str | None, *, batch_size: int, device) -> Callable | None:
-    """A reward as a function, for every kind of name; None for None."""
-    reward = None if name is None else load_reward(name)
-    return ClassifierReward(reward, batch_size=batch_size, device=device) if isinstance(reward, str) else reward
+    return ClassifierReward.from_pretrained(
+        name, batch_size=batch_size, device=device, trust_remote_code=trust_remote_code
+    )

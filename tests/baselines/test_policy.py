@@ -5,12 +5,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from baselines.policy import decode_texts, generate_batches, in_order, score
+from baselines.policy import decode_texts, generate_batches, in_order
 from baselines.proxy import ProxyPolicy
 from baselines.sft import GreedyPolicy
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.decoding.settings import DecodingSettings, encode_prompts
-from trl_proxy.prompts import to_text
 
 TEXTS = ["a longer prompt of many letters", "b", "some more", "one", "the last of the five"]
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS]
@@ -145,29 +144,6 @@ def test_sampled_decisions_follow_the_seed(tiny_lm, tiny_tokenizer, with_random_
     )
     assert complete(0) == complete(0)
     assert complete(0) != complete(1)
-
-
-def test_score_follows_trls_convention():
-    seen = {}
-
-    def reward(prompts, completions, **columns):
-        seen.update(prompts=prompts, completions=completions, columns=columns)
-        return [float(len(to_text(completion, "assistant"))) for completion in completions]
-
-    assert score(reward, CONVERSATIONS[:2], ["ab", ""], kind=["x", "y"]) == [2.0, 0.0]
-    assert seen["completions"] == [[{"role": "assistant", "content": "ab"}], [{"role": "assistant", "content": ""}]]
-    assert seen["columns"] == {"kind": ["x", "y"]}
-    assert score(reward, TEXTS[:2], ["ab", ""]) == [2.0, 0.0]
-    assert seen["completions"] == ["ab", ""]
-
-
-@pytest.mark.fault
-def test_score_wants_a_number_for_every_response():
-    def short(prompts, completions, **columns):
-        return [1.0]
-
-    with pytest.raises(ValueError, match="'short' returned 1 rewards, but 2 were expected"):
-        score(short, TEXTS[:2], ["a", "b"])
 
 
 def test_decode_texts_leaves_special_tokens_out(tiny_tokenizer):

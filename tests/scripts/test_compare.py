@@ -24,7 +24,7 @@ from trl_proxy.modeling.card import proxy_card
 ROOT = Path(__file__).parents[2]
 REWARD = """
 def length(prompts, completions, **columns):
-    assert set(columns) == {"kind"}
+    assert set(columns) == {"kind", "completion_ids", "trainer_state", "log_extra", "log_metric"}
     return [len(c[0]["content"]) + c[0]["content"].count("a") / 7 for c in completions]
 
 def vowels(prompts, completions, **columns):
@@ -109,7 +109,7 @@ def no_model(compare, monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(compare, "load_policy", fail)
-    monkeypatch.setattr(compare, "load_callable_reward", fail)
+    monkeypatch.setattr(compare, "load_reward", fail)
 
 
 def test_a_whole_comparison(run, tmp_path, capsys):

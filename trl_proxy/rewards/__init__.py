@@ -5,14 +5,19 @@ one on the command line.
 """
 
 from ..prompts import length_buckets, to_text
-from .checks import as_list, check_rewards, import_reward
+from .caller import RewardCaller
+from .checks import RewardError, as_list, check_rewards, import_reward
+from .classifier import ClassifierReward
 from .functions import harmless_on_harm_adjacent, helpful_on_everyday, repetition_penalty, sentiment_reward
 from .preference import ENCODER_PACKAGE, KINDS, PreferenceReward, encoder_folder
 
 __all__ = [
     "ENCODER_PACKAGE",
     "KINDS",
+    "ClassifierReward",
     "PreferenceReward",
+    "RewardCaller",
+    "RewardError",
     "as_list",
     "check_rewards",
     "encoder_folder",

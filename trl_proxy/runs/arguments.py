@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from trl import ModelConfig, ScriptArguments, get_quantization_config
 from ..decoding.settings import check_generation_kwargs, with_system_prompt
 from ..devices import half_dtype
 from ..loading import EMBEDDED, load_lm, load_prompts, load_reward
+from ..rewards.checks import check_weights
 
 
 @dataclass
@@ -92,12 +94,21 @@ def add_system_prompt(dataset: Dataset, system_prompt: str | None) -> Dataset:
 def reward_names(run_args: RunArguments) -> list[str]:
     """The reward model's name and those of the reward functions; the embedded reward if there are none."""
     names = [run_args.reward_model_name_or_path] if run_args.reward_model_name_or_path else []
-    return names + (run_args.reward_funcs or []) or [EMBEDDED]
+    functions = run_args.reward_funcs or []
+    return names + ([functions] if isinstance(functions, str) else functions) or [EMBEDDED]
 
 
-def load_rewards(run_args: RunArguments) -> list:
-    """The reward model and the reward functions, as TRL's trainers take them."""
-    return [load_reward(name) for name in reward_names(run_args)]
+def load_rewards(
+    run_args: RunArguments,
+    weights: list[float] | None,
+    trust_remote_code: bool,
+    device: str | torch.device = "cpu",
+) -> list[Callable]:
+    """The reward model and the reward functions, as TRL's trainers take them; `ValueError` if one cannot be loaded, or
+    there is not one weight for each. A trainer moves reward models to its device."""
+    names = reward_names(run_args)
+    check_weights(weights, names)
+    return [load_reward(name, device=device, trust_remote_code=trust_remote_code) for name in names]
 
 
 def load_policy(model_args: ModelConfig, args, device: str | torch.device):

@@ -59,7 +59,7 @@ def train(
         proxy_config = ProxyConfig(**dataclasses.asdict(proxy_args) | {"temperature": training_args.temperature})
     run, checkpoint = prepare_run("proxy", run_args, training_args, model_args, proxy_config)
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
-    rewards = load_rewards(run_args)
+    rewards = load_rewards(run_args, training_args.reward_weights, training_args.trust_remote_code)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
     model = ProxyModelForCausalLM.from_pretrained(lm, trained) if trained else ProxyModelForCausalLM(lm, proxy_config)
     model.proxy.config.decoding = {"system_prompt": run_args.system_prompt}

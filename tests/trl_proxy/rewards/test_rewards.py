@@ -292,22 +292,77 @@ def test_check_rewards_wrong_length():
         check_rewards([0.0], 2, ["a", "b"], "my_reward")
 
 
-def test_import_reward(tmp_path, monkeypatch):
-    assert import_reward("trl_proxy.rewards.sentiment_reward") is sentiment_reward
-    (tmp_path / "my_own_rewards.py").write_text(
-        "def short(prompts, completions, **kwargs): return [0.0]\nNUMBER = 3\n"
-    )
+OWN_REWARDS = """
+def short(prompts, completions, **kwargs): return [0.0]
+
+class Judge:
+    def __call__(self, prompts, completions, **kwargs): return [1.0]
+    @staticmethod
+    def still(prompts, completions, **kwargs): return [2.0]
+    def moving(self, prompts, completions, **kwargs): return [3.0]
+
+judge = Judge()
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    files = {
+        "my_own_rewards.py": OWN_REWARDS,
+        "half_a_module.py": "import no_such_dependency\n",
+        "no_python.py": "def f(:\n",
+        "gives_up.py": "raise SystemExit('no\\nkey')\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in files:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_import_reward(own_rewards):
+    assert import_reward("trl_proxy.rewards.sentiment_reward") is sentiment_reward
     assert import_reward("my_own_rewards.short")(["a"], ["b"]) == [0.0]
-    for path, message in (
+    assert import_reward("my_own_rewards.judge")(["a"], ["b"]) == [1.0]
+    assert import_reward("my_own_rewards.Judge.still")(["a"], ["b"]) == [2.0]
+    assert import_reward("my_own_rewards.judge.moving")(["a"], ["b"]) == [3.0]
+
+
+def test_trls_own_rewards_need_no_path():
+    prompts = [[{"role": "user", "content": "a"}]]
+    thought = [[{"role": "assistant", "content": "<think>\nb\n</think>\nc"}]]
+    assert import_reward("think_format_reward")(prompts=prompts, completions=thought) == [1.0]
+    assert import_reward("get_soft_overlong_punishment")(completion_ids=[[1] * 1280]) == [-1.0]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
         ("short", "is given as 'package.module.function', got 'short'"),
-        ("no_such_module.short", "'no_such_module.short' cannot be imported"),
+        ("my_own_rewards.", "is given as 'package.module.function', got 'my_own_rewards.'"),
+        ("no_such_module.short", "'no_such_module.short' cannot be imported: No module named 'no_such_module'"),
+        ("trl_proxy.no_module.short", "cannot be imported: No module named 'trl_proxy.no_module'"),
         ("my_own_rewards.long", "'my_own_rewards' has no function 'long'"),
+        ("my_own_rewards.judge.long", "'my_own_rewards' has no function 'judge.long'"),
         ("my_own_rewards.NUMBER", "'my_own_rewards' has no function 'NUMBER'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            import_reward(path)
+        ("my_own_rewards.Judge", "'my_own_rewards.Judge' is a class: name a function, or an object"),
+        (
+            "half_a_module.f",
+            "the module half_a_module raised ModuleNotFoundError (No module named 'no_such_dependency')",
+        ),
+        ("no_python.f", "the module no_python raised SyntaxError ("),
+        ("gives_up.f", "the module gives_up raised SystemExit (no key)"),
+    ],
+)
+def test_a_path_that_leads_to_no_reward(own_rewards, path, message):
+    with pytest.raises(ValueError, match="reward") as error:
+        import_reward(path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # --- scripts/train_reward.py ---

@@ -283,9 +283,9 @@ def test_a_reward_of_the_wrong_count_stops_the_run(train):
         ({"a": 1.0}, "returned a dict ({'a': 1.0}) instead of a list of 32 numbers"),
         ("a" * 32, "returned a str ('aaaa"),
         ([[1.0]] * 32, "returned [1.0] instead of a finite number, for the prompt '"),
-        ([1.0] * 33, "returned 33 rewards, but 32 were expected"),
+        ([1.0] * 33, "returned 33 rewards, but 32 were expected, for a batch whose first prompt is '"),
         ([], "returned 0 rewards, but 32 were expected"),
-        ([1e300] * 32, "The rewards [inf] are not finite on the prompt '"),
+        ([1e300] * 32, "returned 1e+300 instead of a number that float32 can hold, for the prompt '"),
         (SystemExit("bye"), "raised SystemExit (bye) on the prompt '"),
         (MemoryError("two\nlines"), "raised MemoryError (two lines) on the prompt '"),
     ],
@@ -334,7 +334,7 @@ def test_a_reward_that_hangs_is_stopped(train, tmp_path, kind):
         await asyncio.sleep(60)
 
     reward = {"stubborn": stubborn, "slow": slow, "async": forever}[kind]
-    where = {"stubborn": "on the prompt 'ck ': fix it", "slow": "", "async": "on a batch whose first prompt is '"}
+    where = {"stubborn": "on the prompt 'ck ': fix it", "slow": "", "async": "on the prompt '"}
     begun = time.monotonic()
     with pytest.raises(RewardError) as error:
         train(reward=reward, max_steps=100, reward_timeout=0.2)
@@ -400,8 +400,46 @@ def test_none_is_allowed_where_another_reward_applies(train):
 
     trainer = train(reward=[sometimes, upper_case], reward_weights=[1.0, 2.0])
     assert logged(trainer, "rewards/sometimes/mean") == [1.0]
-    with pytest.raises(RewardError, match="not finite on the prompt"):
+    trainer = train(reward=[sometimes, upper_case, sometimes], name="twice")  # the logs keep two of one name apart
+    assert logged(trainer, "rewards/sometimes_2/mean") == [1.0]
+    with pytest.raises(
+        RewardError, match=r"No reward applies to the prompt '.+': sometimes, sometimes_2 returned None"
+    ):
         train(reward=[sometimes, sometimes], name="none")
+
+
+@pytest.mark.fault
+def test_a_reward_that_was_fixed_is_forgiven_in_the_same_process(train):
+    """And what it had logged before it failed is not counted."""
+    broken = [True]
+
+    def reward(prompts, log_metric, log_extra, **kwargs):
+        log_metric("fixed", 0.0 if broken[0] else 1.0)
+        log_extra("text", ["x"] * len(prompts))
+        if broken[0]:
+            raise OSError("gone")
+        return [1.0] * len(prompts)
+
+    trainer = train(reward=reward, call=False)
+    with pytest.raises(RewardError, match=r"reward raised OSError \(gone\)"):
+        trainer.train()
+    broken[0] = False
+    trainer.train()
+    assert logged(trainer, "fixed") == [1.0]
+    assert logged(trainer, "reward") == [1.0]
+
+
+@pytest.mark.fault
+def test_rewards_are_checked_before_anything_is_made(train):
+    def narrow(prompts, completions):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(ValueError, match=r"`reward_weights` has 2 weights for 1 rewards \(upper_case\): give one"):
+        train(reward_weights=[1.0, 2.0], call=False)
+    with pytest.raises(ValueError, match="narrow does not take `completion_ids`"):
+        train(reward=narrow, call=False)
+    with pytest.raises(ValueError, match="The dataset has a column `log_extra`"):
+        train(dataset=Dataset.from_dict({"prompt": PROMPTS, "log_extra": PROMPTS}), call=False)
 
 
 @pytest.mark.fault
