@@ -22,15 +22,18 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, get_peft_config, is_conversational
 
 from baselines.best_of_n import BestOfNPolicy
+from baselines.policy import encode_prompts
 from baselines.training import LoraModelConfig
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.files import write_text
-from trl_proxy.loading import load_callable_reward, load_prompts
-from trl_proxy.prompts import to_text
-from trl_proxy.runs.arguments import RunArguments, load_policy, reward_names, to_device
+from trl_proxy.loading import load_callable_reward
+from trl_proxy.prompts import bad_row, check_prompts, messages_flaw, positions_of, to_text
+from trl_proxy.reading import leave_out
+from trl_proxy.runs.arguments import RunArguments, load_policy, load_split, reward_names, to_device
 from trl_proxy.runs.fit import fit, prepare_run
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
 from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.prompt_checks import check_work
 from trl_proxy.trainer.reward_guards import GuardedReward, RewardError
 
 PAIRS_FILE = "pairs.json"
@@ -75,12 +78,19 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
         the trainer; its `model` is trained, and saved in the output folder.
     """
     run, checkpoint = prepare_run("dpo", run_args, training_args, model_args)
+    check_work(training_args)
+    where = f"{run_args.dataset_name} ({run_args.dataset_train_split})"
+    dataset = load_split(run_args, run_args.dataset_train_split)
+    given = run_args.pairs == "dataset"
+    if given:
+        dataset = check_pairs(dataset, where)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
-    seconds = 0.0
-    if run_args.pairs == "dataset":
-        pairs = check_pairs(load_prompts(run_args.dataset_name, run_args.dataset_train_split), run_args.dataset_name)
-    else:
-        pairs, seconds = cached_pairs(lm, tokenizer, run_args, training_args)
+    # TRL cuts pairs that are too long by `max_length`.
+    positions = None if given else positions_of(lm.config)
+    check_prompts(
+        dataset, where, lambda rows: encode_prompts(rows, tokenizer), positions, run_args.max_completion_length
+    )
+    pairs, seconds = (dataset, 0.0) if given else cached_pairs(lm, tokenizer, dataset, run_args, training_args)
     set_seed(training_args.seed)  # the adapter's first weights are the same whether pairs were sampled just now or not
     trainer = AtomicDPOTrainer(
         model=lm,
@@ -94,17 +104,29 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
 
 
 def check_pairs(dataset: Dataset, name: str) -> Dataset:
-    """The three columns of preference data; `ValueError` if one is missing, or a pair prefers nothing."""
+    """
+    The three columns of preference data, without the pairs that prefer nothing: those are counted in a warning.
+
+    Raises:
+        ValueError: a column is missing, a response has another format than its prompt, or no pair is left.
+    """
     columns = ("prompt", "chosen", "rejected")
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise ValueError(f"The dataset {name} has no column {', '.join(missing)}: DPO needs {', '.join(columns)}.")
-    for row in dataset:
-        if row["chosen"] == row["rejected"]:
-            raise ValueError(
-                f"The dataset {name} has a pair whose two responses are the same, to the prompt "
-                f"{to_text(row['prompt'], 'user')[:200]!r}."
-            )
-    return dataset.select_columns(list(columns))
+    dataset = dataset.select_columns(list(columns))
+    useless = []
+    for row, pair in enumerate(dataset):
+        for column in ("chosen", "rejected"):
+            response = pair[column]
+            flaw = messages_flaw(response)
+            if flaw is None and isinstance(response, str) != isinstance(pair["prompt"], str):
+                flaw = "of another format than its prompt", "give both as text or both as messages"
+            if flaw is not None:
+                raise bad_row(row, name, flaw, response, column)
+        chosen, rejected = (to_text(pair[column], "assistant").strip() for column in ("chosen", "rejected"))
+        same = "the two responses are the same" if pair["chosen"] == pair["rejected"] else None
+        useless.append(same if chosen and rejected else "a response is empty")
+    return leave_out(dataset, useless, name)
 
 
 class WeightedReward:
@@ -128,12 +150,16 @@ class WeightedReward:
         return totals
 
 
-def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig) -> tuple[Dataset, float]:
-    """The pairs in the output folder, made first if needed, and the seconds that making them took."""
+def cached_pairs(
+    lm, tokenizer, prompts: Dataset, run_args: DPOArguments, training_args: DPOConfig
+) -> tuple[Dataset, float]:
+    """The pairs in the output folder, sampled first if needed, and the seconds that sampling them took."""
     state = PartialState()
     path = os.path.join(training_args.output_dir, PAIRS_FILE)
     made_with = {
-        "dataset": f"{run_args.dataset_name}/{run_args.dataset_train_split}",
+        "dataset": "/".join(
+            filter(None, (run_args.dataset_name, run_args.dataset_config, run_args.dataset_train_split))
+        ),
         "rewards": [run_args.reward_model_name_or_path, run_args.reward_funcs, run_args.reward_weights],
         "samples_per_prompt": run_args.samples_per_prompt,
         "num_pair_prompts": run_args.num_pair_prompts,
@@ -152,7 +178,6 @@ def cached_pairs(lm, tokenizer, run_args: DPOArguments, training_args: DPOConfig
             "scripts/accelerate_configs/fsdp2.yaml, or `--pairs dataset`."
         )
     started = time.monotonic()
-    prompts = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
     if run_args.num_pair_prompts:
         prompts = prompts.shuffle(seed=training_args.seed).select(range(min(run_args.num_pair_prompts, len(prompts))))
     rewards = [

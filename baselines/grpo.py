@@ -8,6 +8,7 @@ from baselines.training import LoraModelConfig, train_on_reward
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.runs.arguments import RunArguments
 from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.prompt_checks import PromptCheckMixin
 from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 
@@ -19,7 +20,7 @@ class GuardedGRPOConfig(RewardTimeoutConfig, DeviceDefaults, GRPOConfig):
 CONFIGS = (RunArguments, GuardedGRPOConfig, LoraModelConfig)
 
 
-class GuardedGRPOTrainer(RewardGuardMixin, GRPOTrainer):
+class GuardedGRPOTrainer(PromptCheckMixin, RewardGuardMixin, GRPOTrainer):
     """[`~trl.GRPOTrainer`] with atomic checkpoints, one of them when a reward fails."""
 
 

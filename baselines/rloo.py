@@ -9,6 +9,7 @@ from baselines.training import LoraModelConfig, train_on_reward
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.runs.arguments import RunArguments
 from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.prompt_checks import PromptCheckMixin
 from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 
@@ -20,7 +21,7 @@ class GuardedRLOOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
 CONFIGS = (RunArguments, GuardedRLOOConfig, LoraModelConfig)
 
 
-class GuardedRLOOTrainer(RewardGuardMixin, RLOOTrainer):
+class GuardedRLOOTrainer(PromptCheckMixin, RewardGuardMixin, RLOOTrainer):
     """[`~trl.RLOOTrainer`] with atomic checkpoints, one of them when a reward fails."""
 
 

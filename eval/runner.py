@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
 from baselines.best_of_n import BestOfNPolicy, best_of
+from baselines.policy import encode_prompts
 from baselines.proxy import ProxyPolicy
 from baselines.sft import GreedyPolicy
 from baselines.training import load_trained
@@ -26,6 +27,7 @@ from trl_proxy.devices import inference_device
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_callable_reward
 from trl_proxy.modeling.card import add_results
+from trl_proxy.prompts import check_prompts, positions_of
 from trl_proxy.runs.arguments import load_policy, to_device
 from trl_proxy.runs.process import lock_folder
 
@@ -50,6 +52,13 @@ class Evaluation:
         )
         lm, self.tokenizer = load_policy(model_args, args, device)
         self.lm = to_device(lm, device)
+        check_prompts(
+            prompts,
+            f"{args.dataset_name} ({args.split})",
+            lambda rows: encode_prompts(rows, self.tokenizer),
+            positions_of(lm.config),
+            args.max_new_tokens,
+        )
         self.decoding = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
         self.results: dict = {"output_dir": args.output_dir}
 
