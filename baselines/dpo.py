@@ -27,8 +27,8 @@ from baselines.training import LoraModelConfig
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_callable_reward
-from trl_proxy.prompts import bad_row, check_prompts, messages_flaw, positions_of, to_text
-from trl_proxy.reading import leave_out
+from trl_proxy.prompts import check_prompts, positions_of
+from trl_proxy.reading import check_pairs
 from trl_proxy.runs.arguments import RunArguments, load_policy, load_split, reward_names, to_device
 from trl_proxy.runs.fit import fit, prepare_run
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
@@ -101,32 +101,6 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     )
     fit(trainer, run, run_args, checkpoint, seconds_before=seconds)
     return trainer
-
-
-def check_pairs(dataset: Dataset, name: str) -> Dataset:
-    """
-    The three columns of preference data, without the pairs that prefer nothing: those are counted in a warning.
-
-    Raises:
-        ValueError: a column is missing, a response has another format than its prompt, or no pair is left.
-    """
-    columns = ("prompt", "chosen", "rejected")
-    if missing := [column for column in columns if column not in dataset.column_names]:
-        raise ValueError(f"The dataset {name} has no column {', '.join(missing)}: DPO needs {', '.join(columns)}.")
-    dataset = dataset.select_columns(list(columns))
-    useless = []
-    for row, pair in enumerate(dataset):
-        for column in ("chosen", "rejected"):
-            response = pair[column]
-            flaw = messages_flaw(response)
-            if flaw is None and isinstance(response, str) != isinstance(pair["prompt"], str):
-                flaw = "of another format than its prompt", "give both as text or both as messages"
-            if flaw is not None:
-                raise bad_row(row, name, flaw, response, column)
-        chosen, rejected = (to_text(pair[column], "assistant").strip() for column in ("chosen", "rejected"))
-        same = "the two responses are the same" if pair["chosen"] == pair["rejected"] else None
-        useless.append(same if chosen and rejected else "a response is empty")
-    return leave_out(dataset, useless, name)
 
 
 class WeightedReward:

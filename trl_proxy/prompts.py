@@ -93,7 +93,7 @@ def _message_flaw(message: Any) -> Flaw | None:
         return f"is {_kind(message)}", "give messages with `role` and `content`, one conversation a row"
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role.strip():
-        if "from" in message:
+        if message.get("from") is not None:
             return "has no role", "rename `from` to `role` and `value` to `content`"
         return "has no role", "name who speaks: system, user or assistant"
     if content is None:

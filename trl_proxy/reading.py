@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets
 from transformers.utils import logging
 
 from .devices import is_main_process
-from .prompts import bad_row, messages_flaw, prompt_flaw
+from .prompts import bad_row, messages_flaw, prompt_flaw, to_text
 
 logger = logging.get_logger(__name__)
 _BUILDERS: dict[str, tuple[str, dict]] = {
@@ -32,6 +32,7 @@ _BUILDERS: dict[str, tuple[str, dict]] = {
 }
 _PACKED = (".gz", ".bz2", ".xz")  # of text formats; parquet and arrow have compression of their own
 _LEFT_OUT = "left_out"  # a column of our own, while pairs are read
+_OTHER_FORMAT = ("of another format than its prompt", "give all as text or all as messages")
 _ON_DISK = ("dataset_dict.json", "state.json")  # of `DatasetDict.save_to_disk` and `Dataset.save_to_disk`
 
 
@@ -81,12 +82,11 @@ def select_split(splits: dict[str, Dataset], split: str, name: str) -> Dataset:
             f"The split {split!r} of the dataset {name} cannot be read ({_reason(error)}): write splits and slices as "
             "in train, train[:90%] or train[:100]+test."
         ) from None
-    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    dataset = chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
-    if len(dataset) == 0:
+    chosen = [splits[p.splitname].select(range(p.from_, p.to)) for p in parts if p.from_ < p.to]
+    if not chosen:
         sizes = ", ".join(f"{key} has {len(part)}" for key, part in splits.items())
         raise ValueError(f"The dataset {name} ({split}) is empty: {sizes} rows.")
-    return dataset
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
 def _read_splits(name: str, config: str | None, revision: str | None, data_dir: str | None) -> dict[str, Dataset]:
@@ -109,7 +109,10 @@ def _read_splits(name: str, config: str | None, revision: str | None, data_dir: 
         raise ValueError(f"There is no dataset file {name}.")
     with _one_sentence(name, path):
         found = load_from_disk(path) if saved else load_dataset(**arguments)
-    return dict(found) if isinstance(found, DatasetDict) else {"train": found}
+        splits = dict(found) if isinstance(found, DatasetDict) else {"train": found}
+        for dataset in splits.values():
+            dataset.data.validate(full=True)  # JSON that is not UTF-8 is only noticed when a row is used
+    return splits
 
 
 def _builder(path: str) -> tuple[str, dict] | None:
@@ -218,6 +221,32 @@ def with_prompts(dataset: Dataset, where: str) -> Dataset:
     return leave_out(dataset, dataset[_LEFT_OUT][:], where).remove_columns(_LEFT_OUT)
 
 
+def check_pairs(dataset: Dataset, where: str) -> Dataset:
+    """
+    The three columns of preference data, without the pairs that prefer nothing: those are counted in a warning.
+
+    Raises:
+        ValueError: a column is missing, a response has another format than its prompt, or no pair is left.
+    """
+    columns = ("prompt", "chosen", "rejected")
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        raise ValueError(f"The dataset {where} has no column {', '.join(missing)}: a pair needs {', '.join(columns)}.")
+    dataset = dataset.select_columns(list(columns))
+    useless: list[str | None] = []
+    for batch in dataset.iter(1000):
+        for prompt, *sides in zip(*(batch[column] for column in columns), strict=True):
+            for column, response in zip(columns[1:], sides, strict=True):
+                flaw = messages_flaw(response)
+                if flaw is None and isinstance(response, str) != isinstance(prompt, str):
+                    flaw = _OTHER_FORMAT
+                if flaw is not None:
+                    raise bad_row(len(useless), where, flaw, response, column)
+            same = "the two responses are the same" if sides[0] == sides[1] else None
+            answered = all(to_text(response, "assistant").strip() for response in sides)
+            useless.append(same if answered else "a response is empty")
+    return leave_out(dataset, useless, where)
+
+
 def leave_out(dataset: Dataset, reasons: Sequence[str | None], where: str) -> Dataset:
     """The rows without a reason to leave them out. A warning counts the others; `ValueError` if none is left."""
     counts = Counter(reason for reason in reasons if reason is not None)
@@ -257,6 +286,8 @@ def _split_pair(row: int, given: dict[str, Any], where: str) -> dict[str, Any]:
         if flaw := messages_flaw(value):
             raise bad_row(row, where, flaw, value, name)
         if isinstance(value, str):
+            if "prompt" in given:
+                raise bad_row(row, where, _OTHER_FORMAT, value, name)
             sides[name] = _dialogue(row, where, name, value)
     if "prompt" in given:
         prompt = given["prompt"]
@@ -284,7 +315,7 @@ def _says(message: dict, text: str) -> bool:
 
 def _dialogue(row: int, where: str, column: str, text: str) -> list[dict[str, str]]:
     """The messages of HH-RLHF's text."""
-    before, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     if before.strip() or not turns:
         flaw = "that is no dialogue", r"add a column `prompt`, or write '\n\nHuman: ...\n\nAssistant: ...'"
         raise bad_row(row, where, flaw, text, column)
