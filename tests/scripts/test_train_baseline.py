@@ -180,7 +180,7 @@ def test_pairs_of_a_dataset(train, tmp_path):
     assert not (tmp_path / "dpo" / "pairs.json").exists()
     path.write_text("".join(json.dumps({**row, "rejected": "XYZ"}) + "\n" for row in rows))
     with pytest.raises(
-        ValueError, match="8 of the 8 rows of .* because the two responses are the same, and none is left"
+        ValueError, match=r"8 of the 8 rows of .* because the two responses are the same, and none is left"
     ):
         train("dpo", pairs="dataset", dataset_name=path, output_dir=tmp_path / "other")
 

@@ -38,7 +38,7 @@ def test_splits_add_up_and_come_by_kind():
     twice = load_prompts("embedded", "train+train_everyday")
     assert twice[: len(train)] == train[:]
     assert twice[len(train) :] == train.filter(lambda row: row["kind"] == "everyday")[:]
-    with pytest.raises(ValueError, match="has no split 'train.train_weekly', only train, validation"):
+    with pytest.raises(ValueError, match=r"has no split 'train\+train_weekly', only train, validation"):
         load_prompts("embedded", "train+train_weekly")
 
 

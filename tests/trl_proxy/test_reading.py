@@ -22,6 +22,7 @@ from trl_proxy.rewards.training import load_pairs
 from trl_proxy.runs.arguments import RunArguments, load_datasets, load_split
 
 ABSENT = object()
+SENTENCE = r"\A[^\n]{20,700}\.\Z"  # one line that ends as a sentence does
 
 
 def says(text, role="user", **more):
@@ -31,15 +32,6 @@ def says(text, role="user", **more):
 def jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
-
-def sentence(error) -> str:
-    """The message, which is one line that ends as a sentence does."""
-    text = str(error.value)
-    assert len(text.splitlines()) == 1
-    assert text.endswith(".")
-    assert len(text) < 700
-    return text
 
 
 @pytest.fixture(autouse=True)
@@ -172,9 +164,9 @@ def rows_around(name: str) -> list[dict]:
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named_before_an_lm_is_loaded(tmp_path, settings, name):
     path = jsonl(tmp_path / "rows.jsonl", rows_around(name))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         load_datasets(RunArguments(dataset_name=path), settings)
-    text = sentence(error)
+    text = str(error.value)
     assert text.startswith(f"Row 3 of {path} (train) has a prompt ")
     for part in BAD_ROWS[name][1:]:
         assert part in text
@@ -184,9 +176,9 @@ def test_a_bad_row_is_named_before_an_lm_is_loaded(tmp_path, settings, name):
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named_by_the_trainer(tmp_path, trainer, name):
     dataset = read_dataset(jsonl(tmp_path / "rows.jsonl", rows_around(name)))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         trainer(dataset)
-    text = sentence(error)
+    text = str(error.value)
     assert text.startswith("Row 3 of `train_dataset` has a prompt ")
     for part in BAD_ROWS[name][1:]:
         assert part in text
@@ -205,9 +197,9 @@ def test_a_bad_row_is_named_by_every_other_caller(tmp_path, trainer, name):
         "evaluation": lambda: trainer(Dataset.from_dict({"prompt": ["a", "b"]}), {"hard": read_dataset(path)}),
     }
     for caller, call in callers.items():
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=SENTENCE) as error:
             call()
-        text = sentence(error)
+        text = str(error.value)
         where = "`eval_dataset`['hard']" if caller == "evaluation" else path
         assert text.startswith(f"Row 3 of {where}")
         assert BAD_ROWS[name][1] in text
@@ -264,9 +256,9 @@ def test_other_columns_are_named(tmp_path, trainer, name):
     row, expected = COLUMNS[name]
     path = jsonl(tmp_path / "rows.jsonl", [row] * 4)
     for call in (lambda: load_prompts(path), lambda: trainer(load_dataset("json", data_files=path, split="train"))):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=SENTENCE) as error:
             call()
-        assert expected in sentence(error)
+        assert expected in str(error.value)
 
 
 # Files
@@ -317,8 +309,11 @@ DAMAGED = {
     "commas.jsonl": (LINES.replace(b"\n", b",\n"), "line 1: "),
     "texts.jsonl": (b'"x"\n"y"\n', "JSON parse error"),
     "surrogate.jsonl": (b'{"prompt": "\\ud800"}\n', "The surrogate pair in string is invalid"),
-    "latin.jsonl": (LINES + b'{"prompt": "caf\xe9"}\n', "line 3: In column 0: Invalid: Invalid UTF8 sequence"),
-    "latin in another column.jsonl": (b'{"prompt": "x", "k": "caf\xe9"}\n', "line 1: In column 1: Invalid"),
+    "latin.jsonl": (LINES + b'{"prompt": "caf\xe9"}\n', "line 3: Column 0: In chunk 0: Invalid: Invalid UTF8"),
+    "latin in another column.jsonl": (
+        b'{"prompt": "x", "k": "caf\xe9"}\n',
+        "line 1: Column 1: In chunk 0: Invalid: Invalid UTF8",
+    ),
     "utf16.jsonl": (LINES.decode().encode("utf-16"), "line 1: "),
     "pretty.json": (json.dumps(ROWS, indent=1).encode()[:-20], "line 8: "),
     "ragged.csv": (b"prompt,k\nx,1\ny,2,3\n", "Expected 2 fields in line 3, saw 3"),
@@ -339,9 +334,9 @@ DAMAGED = {
 def test_a_damaged_file_is_named_with_its_line(tmp_path, capfd, name):
     content, expected = DAMAGED[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         load_prompts(str(tmp_path / name))
-    text = sentence(error)
+    text = str(error.value)
     assert text.startswith(f"The dataset {tmp_path / name} could not be read (")
     assert expected in text
     assert text.endswith("): mend the file.")
@@ -378,9 +373,9 @@ def test_a_file_that_holds_no_prompts_is_refused(tmp_path, name):
     content, expected = UNREADABLE[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         load_prompts(str(tmp_path / name))
-    text = sentence(error)
+    text = str(error.value)
     assert expected.format(tmp_path / name) in text
     assert str(tmp_path / name) in text
     assert "Hub" not in text
@@ -389,10 +384,10 @@ def test_a_file_that_holds_no_prompts_is_refused(tmp_path, name):
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ["some-org/no-such-data", "no-such-data"])
 def test_a_name_that_is_neither_here_nor_on_the_hub(name):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         load_prompts(name)
-    assert f"The dataset {name} could not be read (Couldn't reach '{name}' on the Hub" in sentence(error)
-    assert "there is no such file or folder here" in sentence(error)
+    assert f"The dataset {name} could not be read (Couldn't reach '{name}' on the Hub" in str(error.value)
+    assert "there is no such file or folder here" in str(error.value)
 
 
 @pytest.mark.fault
@@ -506,9 +501,9 @@ def test_configurations(folders):
 )
 def test_a_split_that_does_not_exist_is_refused(folders, folder, split, config, expected):
     name = folder if folder == "embedded" else str(folders / folder)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         load_prompts(name, split, config=config)
-    assert expected in sentence(error)
+    assert expected in str(error.value)
 
 
 def test_slices_of_the_embedded_prompts():
@@ -536,9 +531,9 @@ def test_a_folder_that_cannot_be_read(tmp_path, name):
     (tmp_path / name).mkdir()
     for file, content in files.items():
         (tmp_path / name / file).write_bytes(content)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         load_prompts(str(tmp_path / name))
-    text = sentence(error)
+    text = str(error.value)
     assert f"The dataset {tmp_path / name} could not be read (" in text
     assert expected in text
 
@@ -551,9 +546,9 @@ def test_a_file_has_no_rows_to_evaluate_on(folders, settings):
     path = str(folders / "plain" / "train.jsonl")
     evaluated = SimpleNamespace(**{**vars(settings), "eval_strategy": "steps"})
     for split in ("validation", "test"):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=SENTENCE) as error:
             load_datasets(RunArguments(dataset_name=path, dataset_test_split=split), evaluated)
-        text = sentence(error)
+        text = str(error.value)
         assert text.startswith(f"--eval_strategy steps has no prompts to evaluate on (The dataset {path} has no split")
         assert "--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'" in text
     remedied = RunArguments(dataset_name=path, dataset_train_split="train[:90%]", dataset_test_split="train[90%:]")
@@ -597,9 +592,9 @@ def test_streaming_is_refused():
     ],
 )
 def test_a_training_without_work_is_refused(trainer, prompts, arguments, expected):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         trainer(Dataset.from_dict({"prompt": [f"p{i}" for i in range(prompts)]}), **arguments)
-    assert expected in sentence(error)
+    assert expected in str(error.value)
 
 
 @pytest.mark.fault
@@ -643,7 +638,8 @@ def test_a_stream_is_trained_on_as_before(trainer):
 # Chat templates
 
 STRICT = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{{ m['content'] | trim }}{% endfor %}"
@@ -654,7 +650,6 @@ REFUSED = {
     "an unknown role": (STRICT, [says("a"), says("b", "critic"), says("c", "critic")], "TemplateError: Conversation"),
     "parts": ("{{ messages[0]['content'] + '!' }}", [says([{"type": "text", "text": "a"}])], "TypeError: can only"),
     "a missing name": ("{{ messages[0].name.first }}", [says("a")], "UndefinedError: "),
-    "a null name": ("{{ messages[0].name + 'x' }}", [says("a", name=None)], "TypeError: "),
     "few messages": ("{{ messages[1].content.strip() }}", [says("a")], "UndefinedError: "),
     "a sum": ("{{ 1 // (messages | length - 1) }}", [says("a")], "ZeroDivisionError: "),
     "nothing": ("{% if messages[0].content != 'a' %}x{% endif %}", [says("a")], "without tokens"),
@@ -667,14 +662,12 @@ def test_what_a_template_refuses_is_named_before_the_first_rollout(trainer, tiny
     template, prompt, expected = REFUSED[name]
     good = [says("z", name={"first": "A"} if "name" in name else None), says("y", "assistant"), says("x")]
     rows = [{"prompt": good}] * 1001 + [{"prompt": prompt}, {"prompt": good}]
-    if name == "a null name":
-        good[0]["name"] = "A"
     template = template.replace("messages[1]", "messages[2]")
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     dataset = read_dataset_of(rows)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         trainer(dataset)
-    text = sentence(error)
+    text = str(error.value)
     assert text.startswith("Row 1002 of `train_dataset` has a prompt ")
     assert expected in text
 
@@ -797,7 +790,7 @@ def test_a_pair_that_answers_no_prompt_is_left_out_and_counted(tmp_path, monkeyp
     path = jsonl(tmp_path / "pairs.jsonl", [bad])
     with pytest.raises(ValueError, match=r"1 of the 1 rows of .* and none is left, so mend the dataset") as error:
         load_prompts(path)
-    assert expected in sentence(error)
+    assert expected in str(error.value)
 
 
 USELESS = {
@@ -806,7 +799,7 @@ USELESS = {
     "blank text": ({"chosen": " \n", "rejected": "a"}, "a response is empty"),
     "same dialogues": ({"chosen": hh("q", "a"), "rejected": hh("q", "a ")}, "the two responses are the same"),
     "an empty end": ({"chosen": hh("q", "a"), "rejected": hh("q", "")}, "a response is empty"),
-    "same messages": ({k: ANSWERS["chosen"] for k in ANSWERS}, "the two responses are the same"),
+    "same messages": (dict.fromkeys(ANSWERS, ANSWERS["chosen"]), "the two responses are the same"),
     "an empty message": ({**ANSWERS, "rejected": [says("", "assistant")]}, "a response is empty"),
     "another role": ({**ANSWERS, "rejected": [says("b", "user")]}, "a response is empty"),
 }
@@ -866,8 +859,8 @@ BAD_PAIRS = {
 def test_a_bad_pair_is_named(tmp_path, name):
     pair, expected = BAD_PAIRS[name]
     path = jsonl(tmp_path / "pairs.jsonl", [pair])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=SENTENCE) as error:
         check_pairs(load_prompts(path), f"{path} (train)")
-    text = sentence(error)
+    text = str(error.value)
     assert text.startswith((f"Row 1 of {path} (train) has a ", f"The dataset {path} (train) "))
     assert expected in text
