@@ -25,20 +25,14 @@ from baselines.training import LoraModelConfig
 from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.devices import DeviceDefaults
 from trl_proxy.files import write_text
-from trl_proxy.loading import load_prompts
-from trl_proxy.prompts import to_text
+from trl_proxy.prompts import check_prompts
+from trl_proxy.reading import check_pairs
 from trl_proxy.rewards.caller import RewardCaller
-from trl_proxy.runs.arguments import (
-    DecodingArguments,
-    RunArguments,
-    add_system_prompt,
-    load_policy,
-    load_rewards,
-    to_device,
-)
+from trl_proxy.runs.arguments import DecodingArguments, RunArguments, load_policy, load_rewards, load_split, to_device
 from trl_proxy.runs.fit import fit, prepare_run
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
 from trl_proxy.trainer.config import RewardTimeoutConfig
+from trl_proxy.trainer.prompt_checks import check_work
 
 PAIRS_FILE = "pairs.json"
 
@@ -82,14 +76,27 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
         the trainer; its `model` is trained, and saved in the output folder.
     """
     run, checkpoint = prepare_run("dpo", run_args, training_args, model_args)
-    reward = None if run_args.pairs == "dataset" else _load_reward(run_args, training_args)
+    check_work(training_args)
+    where = f"{run_args.dataset_name} ({run_args.dataset_train_split})"
+    dataset = load_split(run_args, run_args.dataset_train_split)
+    given = run_args.pairs == "dataset"
+    dataset = check_pairs(dataset, where) if given else dataset
+    reward = None if given else _load_reward(run_args, training_args)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
-    seconds = 0.0
-    if reward is None:
-        pairs = check_pairs(load_prompts(run_args.dataset_name, run_args.dataset_train_split), run_args.dataset_name)
-        pairs = add_system_prompt(pairs, run_args.system_prompt)
-    else:
-        pairs, seconds = cached_pairs(lm, tokenizer, reward, run_args, training_args)
+    decoding = DecodingSettings.of(
+        lm,
+        tokenizer,
+        max_new_tokens=run_args.max_completion_length,
+        generation_kwargs=run_args.generation_kwargs,
+        chat_template_kwargs=run_args.chat_template_kwargs,
+        system_prompt=run_args.system_prompt,
+    )
+    # TRL cuts pairs that are too long by `max_length`.
+    positions = None if given else decoding.max_positions
+    check_prompts(dataset, where, decoding.encode, positions, run_args.max_completion_length)
+    pairs, seconds = dataset, 0.0
+    if reward is not None:
+        pairs, seconds = cached_pairs(lm, decoding, dataset, reward, run_args, training_args)
     if run_args.chat_template_kwargs:  # TRL takes them from a column
         pairs = pairs.add_column("chat_template_kwargs", [run_args.chat_template_kwargs] * len(pairs))
     set_seed(training_args.seed)  # the adapter's first weights are the same whether pairs were sampled just now or not
@@ -104,20 +111,6 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     return trainer
 
 
-def check_pairs(dataset: Dataset, name: str) -> Dataset:
-    """The three columns of preference data; `ValueError` if one is missing, or a pair prefers nothing."""
-    columns = ("prompt", "chosen", "rejected")
-    if missing := [column for column in columns if column not in dataset.column_names]:
-        raise ValueError(f"The dataset {name} has no column {', '.join(missing)}: DPO needs {', '.join(columns)}.")
-    for row in dataset:
-        if row["chosen"] == row["rejected"]:
-            raise ValueError(
-                f"The dataset {name} has a pair whose two responses are the same, to the prompt "
-                f"{to_text(row['prompt'], 'user')[:200]!r}."
-            )
-    return dataset.select_columns(list(columns))
-
-
 def _load_reward(run_args: DPOArguments, training_args: DPOConfig) -> RewardCaller:
     """The weighted sum of the rewards. It is loaded before the LM: a wrong name fails early."""
     weights, trusted = run_args.reward_weights, training_args.trust_remote_code
@@ -126,13 +119,20 @@ def _load_reward(run_args: DPOArguments, training_args: DPOConfig) -> RewardCall
 
 
 def cached_pairs(
-    lm, tokenizer, reward: RewardCaller, run_args: DPOArguments, training_args: DPOConfig
+    lm,
+    decoding: DecodingSettings,
+    prompts: Dataset,
+    reward: RewardCaller,
+    run_args: DPOArguments,
+    training_args: DPOConfig,
 ) -> tuple[Dataset, float]:
-    """The pairs in the output folder, made first if needed, and the seconds that making them took."""
+    """The pairs in the output folder, sampled first if needed, and the seconds that sampling them took."""
     state = PartialState()
     path = os.path.join(training_args.output_dir, PAIRS_FILE)
     made_with = {
-        "dataset": f"{run_args.dataset_name}/{run_args.dataset_train_split}",
+        "dataset": "/".join(
+            filter(None, (run_args.dataset_name, run_args.dataset_config, run_args.dataset_train_split))
+        ),
         "rewards": [run_args.reward_model_name_or_path, run_args.reward_funcs, run_args.reward_weights],
         "samples_per_prompt": run_args.samples_per_prompt,
         "num_pair_prompts": run_args.num_pair_prompts,
@@ -154,8 +154,6 @@ def cached_pairs(
             "scripts/accelerate_configs/fsdp2.yaml, or `--pairs dataset`."
         )
     started = time.monotonic()
-    prompts = load_prompts(run_args.dataset_name, run_args.dataset_train_split)
-    prompts = add_system_prompt(prompts, run_args.system_prompt)
     if run_args.num_pair_prompts:
         prompts = prompts.shuffle(seed=training_args.seed).select(range(min(run_args.num_pair_prompts, len(prompts))))
     reward.check(prompts.column_names, prompts["prompt"][0])
@@ -163,19 +161,12 @@ def cached_pairs(
     pairs = gather_object(
         sample_pairs(
             to_device(lm, state.device),
-            tokenizer,
+            decoding.tokenizer,
             mine,
             reward,
             samples_per_prompt=run_args.samples_per_prompt,
             batch_size=run_args.sampling_batch_size,
-            decoding=DecodingSettings.of(
-                lm,
-                tokenizer,
-                max_new_tokens=run_args.max_completion_length,
-                generation_kwargs=run_args.generation_kwargs,
-                chat_template_kwargs=run_args.chat_template_kwargs,
-                system_prompt=run_args.system_prompt,
-            ),
+            decoding=decoding,
             seed=training_args.seed + 1000 * state.process_index,
         )
     )

@@ -9,6 +9,7 @@ from trl_proxy.devices import DeviceDefaults
 from trl_proxy.runs.arguments import RunArguments
 from trl_proxy.trainer.config import RewardTimeoutConfig
 from trl_proxy.trainer.decoding import DecodingMixin
+from trl_proxy.trainer.prompt_checks import PromptCheckMixin
 from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 
@@ -20,9 +21,9 @@ class GuardedGRPOConfig(RewardTimeoutConfig, DeviceDefaults, GRPOConfig):
 CONFIGS = (RunArguments, GuardedGRPOConfig, LoraModelConfig)
 
 
-class GuardedGRPOTrainer(DecodingMixin, RewardGuardMixin, GRPOTrainer):
-    """[`~trl.GRPOTrainer`] by the project's decoding settings, with atomic checkpoints, one of them when a
-    reward fails."""
+class GuardedGRPOTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, GRPOTrainer):
+    """[`~trl.GRPOTrainer`] by the project's decoding settings, with atomic checkpoints, one of them when a reward
+    fails."""
 
 
 def train(run_args: RunArguments, training_args: GuardedGRPOConfig, model_args: LoraModelConfig) -> GRPOTrainer:

@@ -10,6 +10,7 @@ from trl_proxy.devices import DeviceDefaults
 from trl_proxy.runs.arguments import RunArguments
 from trl_proxy.trainer.config import RewardTimeoutConfig
 from trl_proxy.trainer.decoding import DecodingMixin
+from trl_proxy.trainer.prompt_checks import PromptCheckMixin
 from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 
@@ -21,9 +22,9 @@ class GuardedRLOOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
 CONFIGS = (RunArguments, GuardedRLOOConfig, LoraModelConfig)
 
 
-class GuardedRLOOTrainer(DecodingMixin, RewardGuardMixin, RLOOTrainer):
-    """[`~trl.RLOOTrainer`] by the project's decoding settings, with atomic checkpoints, one of them when a
-    reward fails."""
+class GuardedRLOOTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOOTrainer):
+    """[`~trl.RLOOTrainer`] by the project's decoding settings, with atomic checkpoints, one of them when a reward
+    fails."""
 
 
 def train(run_args: RunArguments, training_args: GuardedRLOOConfig, model_args: LoraModelConfig) -> RLOOTrainer:

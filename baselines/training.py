@@ -10,7 +10,6 @@ from trl import ModelConfig, get_peft_config
 
 from baselines.sft import GreedyPolicy
 from trl_proxy.decoding.hidden_states import HiddenStateHook
-from trl_proxy.prompts import check_chat_template
 from trl_proxy.runs.arguments import RunArguments, load_datasets, load_policy, load_rewards
 from trl_proxy.runs.fit import fit, prepare_run
 
@@ -42,7 +41,6 @@ def train_on_reward(method: str, trainer_class, run_args: RunArguments, training
     train_dataset, eval_dataset = load_datasets(run_args, training_args)
     rewards = load_rewards(run_args, training_args.reward_weights, training_args.trust_remote_code)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
-    check_chat_template(train_dataset[0]["prompt"], tokenizer)
     trainer = trainer_class(
         model=lm,
         reward_funcs=rewards,

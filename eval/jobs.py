@@ -11,6 +11,7 @@ from baselines.training import BASELINES, method_of
 from eval.records import Run, prompts_sha256, read_record
 from eval.trained import TrainedRun, at_thresholds
 from trl_proxy.loading import EMBEDDED, load_prompts
+from trl_proxy.reading import UnknownSplit
 from trl_proxy.runs.arguments import DecodingArguments, parse_dicts
 from trl_proxy.runs.process import find_file
 from trl_proxy.runs.resume import changed_keys
@@ -57,8 +58,15 @@ class CompareArguments(DecodingArguments):
     )
     temperature: float = field(default=1.0, metadata={"help": "Of best-of-n's samples."})
     top_p: float = field(default=1.0, metadata={"help": "Of best-of-n's samples: the LM's whole distribution."})
-    dataset_name: str = field(default=EMBEDDED, metadata={"help": "`embedded`, a JSON file or a hub dataset."})
-    split: str = field(default="test", metadata={"help": "Its split."})
+    dataset_name: str = field(
+        default=EMBEDDED,
+        metadata={
+            "help": "`embedded`, a file (.json, .jsonl, .csv, .parquet, also .gz), a folder of such files, or a "
+            "dataset of the hub."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has some."})
+    split: str = field(default="test", metadata={"help": "Its split, or a part of one: `train[90%:]`."})
     num_prompts: int | None = field(
         default=None, metadata={"help": "Size of a fixed random choice of prompts; all of them by default."}
     )
@@ -125,7 +133,10 @@ def decode_as_trained(args: CompareArguments, trained: list[TrainedRun]) -> None
 
 def select_prompts(args: CompareArguments) -> Dataset:
     """The prompts of the comparison, the same ones for every seed."""
-    prompts = load_prompts(args.dataset_name, args.split)
+    try:
+        prompts = load_prompts(args.dataset_name, args.split, config=args.dataset_config)
+    except UnknownSplit as error:
+        raise ValueError(f"--split {args.split}: {error}") from None
     if args.num_prompts is None:
         return prompts
     if args.num_prompts > len(prompts):
@@ -144,11 +155,12 @@ def evaluation_jobs(
         ValueError: if two of them would write the same record.
     """
     gold = args.gold_reward_model_name_or_path
+    dataset = "/".join(filter(None, (args.dataset_name, args.dataset_config, args.split)))
     common = {
         "model": model_args.model_name_or_path or EMBEDDED,
         "reward_model": args.reward_model_name_or_path,
         "gold_reward_model": None if gold == "none" else gold,
-        "dataset": f"{args.dataset_name}/{args.split}@sha256:{prompts_sha256(prompts['prompt'][:])[:16]}",
+        "dataset": f"{dataset}@sha256:{prompts_sha256(prompts['prompt'][:])[:16]}",
         "max_new_tokens": args.max_new_tokens,
     }
     settings = {

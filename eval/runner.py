@@ -27,6 +27,7 @@ from trl_proxy.devices import inference_device
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_reward
 from trl_proxy.modeling.card import add_results
+from trl_proxy.prompts import check_prompts
 from trl_proxy.rewards.caller import RewardCaller
 from trl_proxy.runs.arguments import add_system_prompt, load_policy, to_device
 from trl_proxy.runs.process import lock_folder
@@ -60,6 +61,8 @@ class Evaluation:
             chat_template_kwargs=args.chat_template_kwargs,
             system_prompt=args.system_prompt,
         )
+        where = f"{args.dataset_name} ({args.split})"
+        check_prompts(prompts, where, self.decoding.encode, self.decoding.max_positions, args.max_new_tokens)
         self.policy = {"batch_size": args.batch_size, "decoding": self.decoding}
         self.results: dict = {"output_dir": args.output_dir}
 

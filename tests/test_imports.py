@@ -13,6 +13,7 @@ PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 # do not import one another.
 ORDER = [
     ("files", "devices", "prompts"),
+    ("reading",),
     ("core", "rewards"),
     ("decoding", "embedded"),
     ("modeling", "loading"),

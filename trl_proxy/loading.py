@@ -4,20 +4,19 @@ The name `embedded` stands for the embedded defaults, which need no GPU and no m
 on the hub or on the disk, as usual.
 """
 
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .devices import best_device, half_dtype, has_bfloat16, warn_of_emulation
 from .embedded.lm import embedded_lm_path
-from .embedded.prompts import DATA, _embedded_prompts
+from .embedded.prompts import DATA, embedded_prompts
+from .prompts import check_dataset
+from .reading import read_dataset, select_split, with_prompts
 from .rewards.checks import TRL_REWARDS, import_reward
 from .rewards.classifier import ClassifierReward
 from .rewards.preference import PreferenceReward
@@ -73,53 +72,30 @@ def load_lm(
     return model.eval(), tokenizer
 
 
-def load_prompts(name: str = EMBEDDED, split: str = "train", revision: str | None = None) -> Dataset:
-    """Prompts as TRL's trainers take them.
+def load_prompts(
+    name: str = EMBEDDED, split: str = "train", revision: str | None = None, config: str | None = None
+) -> Dataset:
+    """Prompts as TRL's trainers take them; every row is checked.
 
     Args:
-        name: `embedded`, a `.json` or `.jsonl` file, or a hub dataset. `embedded` has a conversational `prompt` and
-            its `kind` (`everyday` or `harm_adjacent`). If preference data have no `prompt` (as `Anthropic/hh-rlhf`),
-            it is taken from `chosen`.
-        split: of the dataset. `embedded` has train, validation and test, and one per kind, e.g. train_everyday. Splits
-            add up as on the hub: `train+train_everyday` has the everyday prompts twice.
+        name: `embedded`, or a dataset as for [`~trl_proxy.reading.read_dataset`]: a file, a folder or a hub id.
+            `embedded` has a conversational `prompt` and its `kind` (`everyday` or `harm_adjacent`). If preference data
+            have no `prompt` (as `Anthropic/hh-rlhf`), it is what both responses begin with.
+        split: splits and slices, as in `datasets`: `train[:90%]`. `embedded` has train, validation and test, and one
+            per kind, such as train_everyday. `train+train_everyday` has the everyday prompts twice.
+        revision, config: of a dataset of the hub; a folder may have configurations too.
 
     Raises:
-        `ValueError`: no such split, no rows, or no `prompt` column.
+        `ValueError`: no such dataset, configuration or split, no rows, no `prompt` column, or a row that is no prompt.
     """
     if name == EMBEDDED:
-        dataset = concatenate_datasets([_embedded_prompts(part) for part in split.split("+")])
-    elif name.endswith((".json", ".jsonl")):
-        if not os.path.isfile(name):
-            raise ValueError(f"There is no dataset file {name}.")
-        try:
-            dataset = Dataset.from_json(name) if os.path.getsize(name) else []
-        except DatasetGenerationError as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"The dataset file {name} could not be read ({reason}): fix that line.") from error
-    else:
-        dataset = load_dataset(name, split=split, revision=revision)
-    if len(dataset) == 0:
-        raise ValueError(f"The dataset {name} ({split}) is empty.")
-    if "prompt" not in dataset.column_names and "chosen" in dataset.column_names:
-        dataset = dataset.map(lambda row: {"prompt": _implicit_prompt(row["chosen"])}, remove_columns=["chosen"])
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"The dataset {name} has no `prompt` column, only {', '.join(dataset.column_names)}: rename the one that "
-            "holds the prompts."
-        )
+        if config:
+            raise ValueError(f"The embedded prompts have no configurations: leave --dataset_config {config} out.")
+        return select_split(embedded_prompts(), split, name)
+    where = f"{name} ({split})"
+    dataset = with_prompts(read_dataset(name, split, config, revision), where)
+    check_dataset(dataset, where)
     return dataset
-
-
-def _implicit_prompt(chosen: str | list[dict]) -> list[dict]:
-    """The conversation up to the assistant's last turn, from messages or from HH-RLHF's `\\n\\nHuman: ...` text."""
-    if not isinstance(chosen, str):
-        return chosen[:-1]
-    turns = re.split(r"\n\n(Human|Assistant):", chosen)
-    messages = [
-        {"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
-        for speaker, text in zip(turns[1::2], turns[2::2])
-    ]
-    return messages[:-1]
 
 
 def load_reward(

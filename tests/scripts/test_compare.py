@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
@@ -81,6 +80,7 @@ def run(compare, folder, tmp_path, monkeypatch):
             "model_name_or_path": folder / "lm",
             "proxies": [folder / "prefix", folder / "candidate"],
             "dataset_name": folder / "prompts.jsonl",
+            "split": "train",
             "reward_model_name_or_path": "tiny_rewards.length",
             "gold_reward_model_name_or_path": "tiny_rewards.vowels",
             "best_of": [1, 2],
@@ -319,10 +319,28 @@ def test_a_proxy_needs_a_seed_and_its_own_record(run, folder, tmp_path, tiny_lm)
 
 @pytest.mark.fault
 @pytest.mark.usefixtures("no_model")
-def test_empty_data(run, folder, monkeypatch):
-    monkeypatch.setattr("trl_proxy.loading.Dataset.from_json", lambda path: Dataset.from_dict({"prompt": []}))
-    with pytest.raises(ValueError, match=r"prompts.jsonl \(test\) is empty"):
-        run()
+def test_empty_data(run, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty.jsonl is empty"):
+        run(dataset_name=tmp_path / "empty.jsonl")
+    with pytest.raises(
+        ValueError, match=r"--split test: The dataset .*prompts.jsonl has no split 'test', only train:"
+    ):
+        run(split="test")
+
+
+@pytest.mark.fault
+def test_a_prompt_that_cannot_be_answered_is_named_before_decoding(run, tmp_path, monkeypatch):
+    """By the LM's chat template, or because it is too long."""
+    monkeypatch.setattr("baselines.sft.GreedyPolicy.complete", None)
+    rows = [{"prompt": [{"role": "user", "content": "x" * n}]} for n in (3, 251)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"Row 2 of .*long.jsonl \(train\) has a prompt of 256 tokens, which with up"):
+        run(dataset_name=tmp_path / "long.jsonl")
+    rows[1]["prompt"][0]["content"] = [{"type": "text", "text": "x"}]
+    (tmp_path / "parts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"Row 2 of .*parts.jsonl \(train\) .* refuses, saying 'TypeError: can only"):
+        run(dataset_name=tmp_path / "parts.jsonl")
 
 
 @pytest.mark.fault

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.utils import logging
 from trl import is_conversational
 
-from ..prompts import check_chat_template, length_buckets
+from ..prompts import check_chat_template, length_buckets, positions_of
 
 logger = logging.get_logger(__name__)
 
@@ -209,7 +209,7 @@ class DecodingSettings:
             options=options,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             system_prompt=system_prompt,
-            max_positions=getattr(lm.config.get_text_config(), "max_position_embeddings", None),
+            max_positions=positions_of(lm.config),
         )
         settings._check_values(lm)
         return settings
@@ -241,20 +241,9 @@ class DecodingSettings:
     # Prompts
 
     def encode(self, prompts: list) -> list[list[int]]:
-        """Token ids of every prompt, unpadded; `ValueError` if one and its response need more positions than the LM
-        has."""
+        """Token ids of every prompt, unpadded."""
         prompts = [with_system_prompt(prompt, self.system_prompt) for prompt in prompts]
-        encoded = encode_prompts(prompts, self.tokenizer, **self.chat_template_kwargs)
-        if self.max_positions is not None:
-            room = self.max_positions - self.max_new_tokens
-            longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
-            if len(encoded[longest]) > room:
-                raise ValueError(
-                    f"A prompt has {len(encoded[longest])} tokens; with responses of {self.max_new_tokens} tokens the "
-                    f"LM's {self.max_positions} positions leave {room}. It begins with "
-                    f"{str(prompts[longest])[:200]!r}."
-                )
-        return encoded
+        return encode_prompts(prompts, self.tokenizer, **self.chat_template_kwargs)
 
     def pad(self, encoded: list[list[int]], device) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask`, `(batch, longest)` each, padded on the left."""
@@ -305,7 +294,16 @@ class DecodingSettings:
         Returns:
             the responses' token ids, the EOS or stop string included; whether each has ended by one; and what
             `generate` returned.
+
+        Raises:
+            `ValueError`: the longest prompt and its response need more positions than the LM has.
         """
+        width = inputs["input_ids"].shape[1]
+        if self.max_positions is not None and width + self.max_new_tokens > self.max_positions:
+            raise ValueError(
+                f"Prompt and response need {width + self.max_new_tokens} positions ({width} + {self.max_new_tokens}), "
+                f"the LM has {self.max_positions}: shorten the prompts or the responses."
+            )
         stops = self.stop_recorder()
         output = model.generate(
             **inputs,
@@ -317,7 +315,7 @@ class DecodingSettings:
             return_dict_in_generate=True,
             **method,
         )
-        responses = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        responses = output.sequences[:, width:].tolist()
         return *self.cut(responses, stops), output
 
     def cut(self, responses: list[list[int]], stops: StopRecorder) -> tuple[list[list[int]], list[bool]]:

@@ -1,5 +1,6 @@
 """The embedded prompts: made for this project, half everyday, half harm-adjacent."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,20 +12,19 @@ DATA = Path(__file__).parents[1] / "data"
 SPLITS = ("train", "validation", "test")
 
 
-def _embedded_prompts(split: str) -> Dataset:
-    """A split of the embedded prompts, or its prompts of one kind."""
-    name, _, kind = split.partition("_")
-    if name not in SPLITS or kind not in ("", *KINDS):
-        raise ValueError(
-            f"The embedded prompts have the splits {', '.join(SPLITS)}, and one per kind, e.g. train_everyday, "
-            f"not {split!r}."
-        )
+@functools.cache
+def embedded_prompts() -> dict[str, Dataset]:
+    """The embedded prompts by split, and by split and kind, such as `train_everyday`."""
     # In memory: `datasets` would need a writable cache folder to read a file.
-    lines = (DATA / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return Dataset.from_list(
-        [
-            {"prompt": [{"role": "user", "content": row["prompt"]}], "kind": row["kind"]}
-            for row in map(json.loads, lines)
-            if row["split"] == name and kind in ("", row["kind"])
-        ]
-    )
+    rows = [json.loads(line) for line in (DATA / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    names = [*SPLITS, *(f"{split}_{kind}" for split in SPLITS for kind in KINDS)]
+    return {
+        name: Dataset.from_list(
+            [
+                {"prompt": [{"role": "user", "content": row["prompt"]}], "kind": row["kind"]}
+                for row in rows
+                if name in (row["split"], f"{row['split']}_{row['kind']}")
+            ]
+        )
+        for name in names
+    }

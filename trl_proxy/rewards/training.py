@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -20,7 +20,8 @@ from transformers import (
     set_seed,
 )
 
-from ..prompts import to_text
+from ..prompts import check_dataset, to_text
+from ..reading import check_pairs, read_dataset, with_prompts
 from .preference import ENCODER_PACKAGE, ROUTER_NAME, load_tokenizer, prompt_features, resolve_base
 
 CUT_WORDS = 16  # the card shows how well the reward judges the first words of a response
@@ -30,7 +31,9 @@ CUT_WORDS = 16  # the card shows how well the reward judges the first words of a
 class ScriptArguments:
     """The preference pairs, and what is trained on them."""
 
-    sources: list[str] = field(metadata={"help": "`name=file.jsonl` or `name=hub-id[:data_dir]`, one or two of them."})
+    sources: list[str] = field(
+        metadata={"help": "`name=file`, `name=folder` or `name=hub-id[:data_dir]`, one or two of them."}
+    )
     model_name_or_path: str = field(
         default=ENCODER_PACKAGE, metadata={"help": "Base of the reward; the default is the embedded encoder."}
     )
@@ -99,31 +102,26 @@ class PairTrainer(Trainer):
 
 
 def load_pairs(location: str) -> list[dict]:
-    """Rows `{prompt, chosen, rejected}`, all strings, of a JSON(L) file or a hub dataset."""
-    if Path(location).is_file():
-        dataset = load_dataset("json", data_files=location, split="train")
-    else:
-        name, _, data_dir = location.partition(":")
-        dataset = load_dataset(name, data_dir=data_dir or None, split="train")
-    if missing := {"chosen", "rejected"} - set(dataset.column_names):
-        raise ValueError(f"The source '{location}' has no column {sorted(missing)}; it has {dataset.column_names}.")
-    if "prompt" in dataset.column_names:
-        return [
-            {"prompt": to_text(r["prompt"], "user")} | {k: to_text(r[k], "assistant") for k in ("chosen", "rejected")}
-            for r in dataset
-        ]
-    rows = []
-    for row in dataset:  # "\n\nHuman: ...\n\nAssistant: ...": the last answer is the response, the rest the prompt
-        prompt, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
-        rejected = row["rejected"].rpartition("\n\nAssistant:")[2]
-        rows.append(
-            {
-                "prompt": prompt.removeprefix("\n\nHuman:").strip(),
-                "chosen": chosen.strip(),
-                "rejected": rejected.strip(),
-            }
-        )
-    return rows
+    """Rows `{prompt, chosen, rejected}`, all strings, of a dataset as for [`~trl_proxy.reading.read_dataset`], or of
+    `hub-id:data_dir`. A dialogue without a prompt of its own becomes `...\n\nAssistant: ...\n\nHuman: ...`."""
+    name, _, data_dir = (location, "", "") if Path(location).exists() else location.partition(":")
+    dataset = read_dataset(name, data_dir=data_dir or None)
+    explicit = "prompt" in dataset.column_names
+    dataset = with_prompts(dataset, location)
+    if explicit:
+        check_dataset(dataset, location)
+    return [
+        {"prompt": to_text(pair["prompt"], "user") if explicit else _dialogue_text(pair["prompt"])}
+        | {key: to_text(pair[key], "assistant") for key in ("chosen", "rejected")}
+        for pair in check_pairs(dataset, location)
+    ]
+
+
+def _dialogue_text(messages: list[dict]) -> str:
+    """A conversation in the format of HH-RLHF, without the first `Human:`."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    turns = [f"\n\n{names.get(m['role'], m['role'])}: {to_text([m], m['role'])}" for m in messages]
+    return "".join(turns).removeprefix("\n\nHuman: ")
 
 
 def heldout_prompts(rows: list[dict], n_heldout: int, seed: int) -> set[str]:

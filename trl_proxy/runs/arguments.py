@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
 from ..decoding.settings import check_generation_kwargs, with_system_prompt
-from ..devices import half_dtype
+from ..devices import half_dtype, is_main_process
 from ..loading import EMBEDDED, load_lm, load_prompts, load_reward
+from ..reading import UnknownSplit
 from ..rewards.checks import check_weights
+from ..trainer.prompt_checks import check_work
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -48,8 +53,22 @@ class DecodingArguments(SystemPromptArguments):
 class RunArguments(SystemPromptArguments, ScriptArguments):
     """TRL's script arguments, the reward, and how long to train."""
 
-    dataset_name: str | None = field(default=EMBEDDED, metadata={"help": "`embedded`, a JSON file or a hub dataset."})
-    dataset_test_split: str = field(default="validation", metadata={"help": "Split for evaluation while training."})
+    dataset_name: str | None = field(
+        default=EMBEDDED,
+        metadata={
+            "help": "`embedded`, a file (.json, .jsonl, .csv, .parquet, also .gz), a folder of such files, or a "
+            "dataset of the hub."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a dataset of the hub, or of a folder that has some."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on, or a part of one: `train[:90%]`."}
+    )
+    dataset_test_split: str = field(
+        default="validation", metadata={"help": "Split for evaluation while training, or a part: `train[90%:]`."}
+    )
     reward_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "`embedded`, `embedded:harmless`, `embedded:helpful`, or a model id. Default: `embedded`."},
@@ -72,16 +91,41 @@ class RunArguments(SystemPromptArguments, ScriptArguments):
     def __post_init__(self):
         if self.max_train_seconds is not None and self.max_train_seconds <= 0:
             raise ValueError(f"`max_train_seconds` must be above 0, got {self.max_train_seconds}.")
+        if self.dataset_streaming:
+            raise ValueError(
+                "--dataset_streaming is not supported, because every prompt is checked before training: leave it out, "
+                "and take a part of a large dataset by --dataset_train_split 'train[:10000]'."
+            )
+
+
+def load_split(run_args: RunArguments, split: str) -> Dataset:
+    """A split of the prompts that the arguments name, with their system message."""
+    prompts = load_prompts(run_args.dataset_name or EMBEDDED, split, config=run_args.dataset_config)
+    return add_system_prompt(prompts, run_args.system_prompt)
 
 
 def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:
-    """Prompts to train on, and to evaluate on if the training arguments ask for it."""
-    name = run_args.dataset_name or EMBEDDED
-    system = run_args.system_prompt
-    train = add_system_prompt(load_prompts(name, run_args.dataset_train_split), system)
+    """Prompts to train on, and to evaluate on if the training arguments ask for it. A warning counts those that are in
+    both."""
+    train = load_split(run_args, run_args.dataset_train_split)
+    check_work(training_args, train)
     if training_args.eval_strategy == "no":
         return train, None
-    return train, add_system_prompt(load_prompts(name, run_args.dataset_test_split), system)
+    try:
+        test = load_split(run_args, run_args.dataset_test_split)
+    except UnknownSplit as error:
+        raise ValueError(
+            f"--eval_strategy {training_args.eval_strategy} has no prompts to evaluate on ({str(error)[:-1]}): as in "
+            "--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]', or without evaluation by "
+            "--eval_strategy no."
+        ) from None
+    both = set(map(str, train["prompt"][:])) & set(map(str, test["prompt"][:]))
+    if both and is_main_process():
+        logger.warning(
+            f"{len(both)} prompts of the evaluation ({run_args.dataset_test_split}) are trained on too "
+            f"({run_args.dataset_train_split}): `eval_reward` says less about new prompts."
+        )
+    return train, test
 
 
 def add_system_prompt(dataset: Dataset, system_prompt: str | None) -> Dataset:

@@ -11,16 +11,15 @@ mask, (3) EOS, (4) shaping, (5) whitening over processes, (6) ratio under replay
 from typing import Any
 
 import torch
-from datasets import Dataset
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from ..devices import warn_of_emulation
-from ..prompts import check_chat_template
 from .advantages import gae, step_rewards
 from .config import PPOConfig
 from .decoding import DecodingMixin
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
+from .prompt_checks import PromptCheckMixin
 from .reward_guards import RewardGuardMixin
 
 
@@ -32,24 +31,12 @@ class _EpochSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + epoch)
 
 
-class ActorCriticTrainer(DecodingMixin, RewardGuardMixin, RLOOTrainer):
+class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOOTrainer):
     """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`."""
 
-    def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset=None, eval_dataset=None, **kwargs):
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _check_dataset(name, dataset)
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
+    def __init__(self, model, reward_funcs, args: PPOConfig, **kwargs):
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         warn_of_emulation(self.model.get_input_embeddings().weight.dtype, self.accelerator.device)
-        for dataset in (train_dataset, eval_dataset):
-            if isinstance(dataset, Dataset):
-                check_chat_template(dataset["prompt"][0], self._tokenizer)
 
     # What subclasses provide
 
@@ -191,15 +178,3 @@ class ActorCriticTrainer(DecodingMixin, RewardGuardMixin, RLOOTrainer):
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
-
-
-def _check_dataset(name: str, dataset) -> None:
-    """`ValueError` for a dataset without rows or without prompts."""
-    if dataset is None or isinstance(dataset, dict):
-        for key, part in (dataset or {}).items():
-            _check_dataset(f"{name}[{key!r}]", part)
-        return
-    if dataset.column_names is not None and "prompt" not in dataset.column_names:
-        raise ValueError(f"`{name}` has no column `prompt`, only {', '.join(dataset.column_names) or 'none'}.")
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")

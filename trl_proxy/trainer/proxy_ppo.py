@@ -14,7 +14,6 @@ from ..core.rollout import Decisions, Rollout
 from ..modeling.card import CITATION, proxy_card
 from ..modeling.causal_lm import ProxyModelForCausalLM
 from ..modeling.proxies import WeightedProxy
-from ..prompts import check_prompt_lengths
 from .actor_critic import ActorCriticTrainer
 from .config import ProxyPPOConfig
 from .decoding import settings_of
@@ -83,10 +82,6 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             model=model, reward_funcs=reward_funcs, args=without_reference, processing_class=processing_class, **kwargs
         )
         self.args.beta = args.beta
-        for dataset in (kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
-            check_prompt_lengths(
-                dataset, self._tokenizer, model.config, args.max_completion_length, args.chat_template_kwargs
-            )
         # With the proxy goes how its LM was decoded, so that evaluation and serving can do the same.
         decoding = {**(model.proxy_config.decoding or {}), **settings_of(args)}
         del decoding["max_new_tokens"]

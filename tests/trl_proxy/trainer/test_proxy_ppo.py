@@ -532,8 +532,11 @@ def test_an_lm_in_parts_is_refused(train, monkeypatch):
     ("dataset", "message"),
     [
         (Dataset.from_dict({"prompt": []}), "`train_dataset` is empty"),
-        (Dataset.from_dict({"question": ["a"]}), "no column `prompt`, only question"),
-        (Dataset.from_dict({"prompt": ["a" * 300]}), "A prompt has 300 tokens"),
+        (Dataset.from_dict({"question": ["a"]}), "no `prompt` column, only question"),
+        (
+            Dataset.from_dict({"prompt": [*PROMPTS, "a" * 300]}),
+            r"Row 65 of `train_dataset` has a prompt of 300 tokens, which with up to 10 of the response need more",
+        ),
     ],
 )
 def test_bad_datasets_are_one_sentence(train, dataset, message):
