@@ -43,6 +43,9 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
     vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    normalize_advantages: bool = field(
+        default=True, metadata={"help": "Whiten the advantages of each rollout: mean 0, deviation 1 over its steps."}
+    )
     group_baseline: bool = field(
         default=True,
         metadata={

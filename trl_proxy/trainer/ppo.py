@@ -102,7 +102,9 @@ class PPOTrainer(ActorCriticTrainer):
             "state_values": values * mask,
         }
         if reference:
-            batch["step_rewards"] = -self.beta * (log_probs - reference[0][0]) * mask
+            log_ratio = (log_probs - reference[0][0]) * mask
+            batch["step_rewards"] = -self.beta * log_ratio
+            self._add_ratios({"kl": (log_ratio.sum(-1), mask.sum(-1))})
         return batch
 
     def _evaluate_actions(self, model, inputs):

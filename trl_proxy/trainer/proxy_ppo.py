@@ -134,27 +134,18 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def _log_rollout(self, decisions: Decisions, seconds: float) -> None:
         rollout = self._rollout
-        local = [
-            decisions.tokens.sum(),
-            decisions.lm_forwards.sum(),
-            decisions.rank_sum.sum(),
-            rollout.mask.sum(),
-            (rollout.accept & rollout.mask).sum(),
-            rollout.token_log_probs.sum(),
-            len(rollout.mask),
-        ]
-        local = torch.tensor([float(x) for x in local], dtype=torch.float64, device=self.accelerator.device)
-        total = self.accelerator.reduce(local.float() if local.device.type == "mps" else local, reduction="sum")
-        tokens, forwards, rejections, asked, accepted, log_prob, episodes = total.tolist()
-        self._log_scalars(
+        self._response_tokens = tokens = decisions.tokens
+        asked, accepted = rollout.mask.sum(-1), (rollout.accept & rollout.mask).sum(-1)
+        self._add_ratios(
             {
-                "accept_rate": accepted / max(asked, 1),
-                "decisions_per_token": asked / tokens,
-                "lm_forwards_per_token": forwards / tokens,
-                "accepted_rank": rejections / tokens,
-                "lm_logp_per_token": log_prob / tokens,
-                "episodes_per_second": episodes / seconds,
-                "tokens_per_second": tokens / seconds,
+                "accept_rate": (accepted, asked),
+                "decisions_per_token": (asked, tokens),
+                "lm_forwards_per_token": (decisions.lm_forwards, tokens),
+                "accepted_rank": (decisions.rank_sum, tokens),
+                "lm_logp_per_token": (rollout.token_log_probs, tokens),
+                # All processes decode at the same time.
+                "episodes_per_second": (torch.ones_like(tokens), seconds / self.accelerator.num_processes),
+                "tokens_per_second": (tokens, seconds / self.accelerator.num_processes),
             }
         )
 
@@ -175,13 +166,12 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         logits = torch.cat([x.accept_logits for x in judged]) - model.proxy_config.threshold
         log_probs, _ = _bernoulli(logits, rollout.accept[rollout.mask])
         # (7) Sign of the KL: KL(gated LM || LM) is the mean of log pi(token) - log p(token) over the gate's own paths.
-        kl = torch.stack([log_probs.sum() - rollout.token_log_probs.sum(), output["completion_mask"].sum().float()])
-        kl = self.accelerator.reduce(kl, reduction="sum")
-        self._log_scalars({"kl": (kl[0] / kl[1]).item()})
+        per_decision = _unflatten(log_probs, rollout.mask)
+        self._add_ratios({"kl": (per_decision.sum(-1) - rollout.token_log_probs, self._response_tokens)})
         batch = {
             "action_mask": rollout.mask,
             "action_positions": rollout.positions,
-            "action_log_probs": _unflatten(log_probs, rollout.mask),
+            "action_log_probs": per_decision,
             "state_values": _unflatten(torch.cat([x.state_values for x in judged]), rollout.mask),
             **{f"rollout_{name}": value for name, value in rollout._asdict().items()},
         }

@@ -17,6 +17,7 @@ from trl.trainer.utils import is_async_callable
 
 from ..rewards.checks import as_list, check_rewards
 from .checkpoints import AtomicCheckpointMixin
+from .metrics import RowMetricsMixin
 
 
 class RewardError(RuntimeError):
@@ -133,7 +134,7 @@ class _LogitsWatch:
         return not all(largest < torch.inf for largest in self.largest)
 
 
-class RewardGuardMixin(AtomicCheckpointMixin):
+class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
     """A mixin to list before TRL's RLOOTrainer or GRPOTrainer. `args.reward_timeout`, if it exists, limits each call
     of a reward function, in seconds."""
 
