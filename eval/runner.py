@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from datasets import Dataset
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from baselines.best_of_n import BestOfNPolicy, best_of
 from baselines.proxy import ProxyPolicy
@@ -27,11 +27,12 @@ from trl_proxy.files import write_text
 from trl_proxy.loading import load_callable_reward
 from trl_proxy.modeling.card import add_results
 from trl_proxy.runs.arguments import load_policy, to_device
+from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.process import lock_folder
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((CompareArguments, ModelConfig), description=__doc__.partition("\n")[0])
+def make_parser() -> RecipeParser:
+    return RecipeParser((CompareArguments, ModelConfig), description=__doc__.partition("\n")[0])
 
 
 def with_start_time(run: Run, **facts) -> Run:

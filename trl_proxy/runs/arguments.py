@@ -37,6 +37,8 @@ class RunArguments(ScriptArguments):
         default=False,
         metadata={"help": "Print everything that is logged, and a progress bar. `log.jsonl` always has everything."},
     )
+    # What the command line and its recipe set: `RecipeParser.asked`.
+    asked: dict | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         if self.max_train_seconds is not None and self.max_train_seconds <= 0:
