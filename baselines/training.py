@@ -16,6 +16,7 @@ from trl_proxy.runs import train
 from trl_proxy.runs.arguments import RunArguments, load_datasets, load_policy, load_rewards
 from trl_proxy.runs.fit import fit, prepare_run
 from trl_proxy.runs.parsing import ScriptParser
+from trl_proxy.trainer.fields import TRAINED_LM, check_fields
 
 BASELINES = ("ppo", "rloo", "grpo", "dpo")  # modules of this package with `CONFIGS` and `train`
 
@@ -33,6 +34,10 @@ class LoraModelConfig(ModelConfig):
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
     )
+
+    def __post_init__(self):
+        check_fields(self, TRAINED_LM)
+        super().__post_init__()
 
 
 def make_parser(method: str) -> ScriptParser:

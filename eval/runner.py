@@ -26,13 +26,13 @@ from trl_proxy.devices import inference_device
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_callable_reward
 from trl_proxy.modeling.card import add_results
-from trl_proxy.runs.arguments import load_policy, to_device
+from trl_proxy.runs.arguments import FrozenModelConfig, load_policy, to_device
 from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.process import lock_folder
 
 
 def make_parser() -> RecipeParser:
-    return RecipeParser((CompareArguments, ModelConfig), description=__doc__.partition("\n")[0])
+    return RecipeParser((CompareArguments, FrozenModelConfig), description=__doc__.partition("\n")[0])
 
 
 def with_start_time(run: Run, **facts) -> Run:

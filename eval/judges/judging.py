@@ -36,7 +36,7 @@ from eval.records import git_commit, package_versions
 from eval.report.tables import print_table
 from trl_proxy.devices import inference_device
 from trl_proxy.loading import EMBEDDED
-from trl_proxy.runs.arguments import load_policy, to_device
+from trl_proxy.runs.arguments import FrozenModelConfig, load_policy, to_device
 from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.resume import changed_keys
 
@@ -117,7 +117,7 @@ class JudgeArguments:
 
 
 def make_parser() -> RecipeParser:
-    return RecipeParser((JudgeArguments, ModelConfig), description=__doc__.partition("\n")[0])
+    return RecipeParser((JudgeArguments, FrozenModelConfig), description=__doc__.partition("\n")[0])
 
 
 @dataclass(frozen=True)

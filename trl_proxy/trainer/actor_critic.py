@@ -8,10 +8,12 @@ Comments mark the places where RLHF breaks, with the same number in all files: (
 mask, (3) EOS, (4) shaping, (5) whitening over processes, (6) ratio under replay, (7) sign of the KL.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import ProcessorMixin
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -37,7 +39,16 @@ class _EpochSampler(RepeatSampler):
 class ActorCriticTrainer(RewardGuardMixin, RLOOTrainer):
     """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`."""
 
+    # Arguments that the trainer cannot have -> the rest of a sentence.
+    _refused_arguments: dict[str, str] = {}
+
     def __init__(self, model, reward_funcs, args: PPOConfig, train_dataset=None, eval_dataset=None, **kwargs):
+        for name, value in list(kwargs.items()):
+            known = name in inspect.signature(RLOOTrainer.__init__).parameters
+            if not known or (value is not None and name in self._refused_arguments):
+                why = self._refused_arguments.get(name, "it takes those of RLOOTrainer")
+                raise ValueError(f"{type(self).__name__} takes no `{name}`: {why}.")
+        _refuse_images(kwargs.get("processing_class"), train_dataset=train_dataset, eval_dataset=eval_dataset)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _check_dataset(name, dataset)
         super().__init__(
@@ -48,6 +59,7 @@ class ActorCriticTrainer(RewardGuardMixin, RLOOTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        _refuse_images(self.processing_class)  # TRL may have loaded it
         warn_of_emulation(self.model.get_input_embeddings().weight.dtype, self.accelerator.device)
         for dataset in (train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
@@ -172,9 +184,9 @@ class ActorCriticTrainer(RewardGuardMixin, RLOOTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         # transformers takes the mean of the batches' losses.
         means = {name: values[0] for name, values in self._metrics["eval"].items()}
-        output.metrics[f"{metric_key_prefix}_loss"] = self._loss(
-            means["loss/policy"], means["loss/value"], means["entropy"]
-        )
+        loss = self._loss(means["loss/policy"], means["loss/value"], means["entropy"])
+        loss += self.router_aux_loss_coef * means.get("aux_loss", 0.0)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
     # Loss
@@ -214,6 +226,21 @@ class ActorCriticTrainer(RewardGuardMixin, RLOOTrainer):
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
+
+
+def _refuse_images(processing_class, **datasets) -> None:
+    """`ValueError` for the processor of a vision-language model, and for a dataset with images."""
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}, but images are not supported: give its "
+            "`.tokenizer` to train on text."
+        )
+    for name, dataset in datasets.items():
+        parts = dataset if isinstance(dataset, dict) else {name: dataset}
+        for part in parts.values():
+            for column in ("image", "images"):
+                if column in (getattr(part, "column_names", None) or ()):
+                    raise ValueError(f"`{name}` has a column `{column}`, but images are not supported: remove it.")
 
 
 def _check_dataset(name: str, dataset) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import RLOOConfig
 
 from ..devices import DeviceDefaults
+from . import fields
 
 
 @dataclass
@@ -65,7 +66,13 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
         },
     )
 
+    _fields = fields.PPO
+
     def __post_init__(self):
+        fields.check_fields(self, self._fields)
+        for name in ("max_completion_length", "num_generations"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` must be a number, got None: a rollout needs one.")
         try:
             super().__post_init__()
         except ValueError as error:
@@ -82,13 +89,6 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every update uses all trained parameters. DDP's search would miss the critic, which runs after `forward`.
             self.ddp_find_unused_parameters = False
-        if self.use_vllm:
-            raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
-        if self.use_transformers_continuous_batching:
-            raise ValueError(
-                "`use_transformers_continuous_batching=True` is not supported: rollouts need the record of decisions "
-                "that `generate` keeps; set it to False."
-            )
         if (self.generation_kwargs or {}).get("num_beams", 1) > 1:
             raise ValueError("`num_beams` above 1 is not supported: a rollout samples; remove it.")
 
@@ -132,11 +132,9 @@ class ProxyPPOConfig(PPOConfig):
         },
     )
 
+    _fields = fields.PROXY
+
     def __post_init__(self):
         super().__post_init__()
-        if self.gradient_checkpointing:
-            raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
         if self.replay_rollouts < 1:
             raise ValueError(f"`replay_rollouts` must be at least 1, got {self.replay_rollouts}.")
-        if self.sync_ref_model:
-            raise ValueError("`sync_ref_model=True` is not supported: the frozen LM is the reference; set it False.")

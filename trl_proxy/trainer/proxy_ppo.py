@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase, is_wandb_available
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.trainer.utils import pad
+from trl import BEMACallback
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url, pad
 
 from ..core.config import WEIGHTS_NAME, proxy_file
 from ..core.rollout import Decisions, Rollout
@@ -18,6 +20,7 @@ from ..modeling.proxies import WeightedProxy
 from ..prompts import check_prompt_lengths
 from .actor_critic import ActorCriticTrainer
 from .config import ProxyPPOConfig
+from .fields import ARGUMENTS
 from .replay import ReplayBuffer, concatenate, is_read_by_loss
 
 # About how many decisions are judged at once outside the update.
@@ -54,6 +57,8 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         "citation": CITATION,
     }
 
+    _refused_arguments = ARGUMENTS
+
     def __init__(self, model, reward_funcs, args: ProxyPPOConfig | None = None, processing_class=None, **kwargs):
         if not isinstance(model, ProxyModelForCausalLM):
             raise TypeError(
@@ -74,7 +79,9 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 f"{'FSDP' if fsdp else 'ZeRO-3'} is not supported: it would shard the frozen LM. Use "
                 "scripts/accelerate_configs/multi_gpu.yaml, and --load_in_4bit if the LM is too large for one GPU."
             )
-        if processing_class is not None and processing_class.eos_token_id is None:
+        for callback in kwargs.get("callbacks") or ():
+            _refuse_bema(callback)
+        if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.eos_token_id is None:
             raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
         # RLOO's own `beta` would load a second LM as reference. Our rollout already has the frozen LM's log-probs.
         without_reference = copy.copy(args)
@@ -89,6 +96,10 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             )
         self._rollout: Any = None  # the latest Rollout, until `_collect` takes it
         self._replay = ReplayBuffer(args.replay_rollouts)
+
+    def add_callback(self, callback):
+        _refuse_bema(callback)
+        super().add_callback(callback)
 
     # Rollout
 
@@ -251,6 +262,14 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             training += (
                 f" On the validation prompts the reward was {measured[0]:.3f} at first, {max(measured):.3f} at best."
             )
+        links = training_links()
+        if links:
+            training += f" Its training is logged at {', '.join(f'[{name}]({url})' for name, url in links.items())}."
+        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        if "JOB_ID" in os.environ:
+            tags.append("hf_jobs")
+        if "Trackio" in links:
+            tags.append(f"trackio:{links['Trackio']}")
         card = proxy_card(
             self.model.proxy_config,
             *self.model.get_nb_trainable_parameters(),
@@ -258,7 +277,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             training=training,
             name=model_name,
             dataset=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=list(dict.fromkeys(tags)),
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
@@ -268,6 +287,23 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def training_links() -> dict[str, str]:
+    """Tracker -> where it shows this process's run, as TRL's own cards say it."""
+    urls = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        urls["Weights & Biases"] = wandb.run.url if wandb.run is not None else None
+    return {name: url for name, url in urls.items() if url}
+
+
+def _refuse_bema(callback) -> None:
+    if issubclass(callback if isinstance(callback, type) else type(callback), BEMACallback):
+        raise ValueError(
+            "BEMACallback is not supported: it builds a second model from the configuration, and a proxy needs its LM."
+        )
 
 
 def _bernoulli(logits: torch.Tensor, accept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
