@@ -78,9 +78,9 @@ SWEPT := $(foreach key,$(SWEEPS),$(if $(wildcard outputs/sweep_$(key)/sweep.md),
 report: $(INSTALLED)
 	$(BIN)/python scripts/report.py outputs/compare $(if $(strip $(SWEPT)),--sweeps $(SWEPT))
 
-# The tables of the documentation, from docs/results/records.jsonl, written into its pages.
+# The tables of the documentation, from docs/results/records.jsonl and the code, written into its pages.
 tables: $(INSTALLED)
-	$(BIN)/python scripts/report.py --tables README.md docs/results.md
+	$(BIN)/python scripts/report.py --tables README.md docs/results.md docs/fields.md
 
 # Compares learning rates on the validation prompts; the recipes have the best.
 tune: $(INSTALLED)

@@ -1,5 +1,6 @@
 """What the trained baselines share: LoRA by default, one way to train on a reward, and the policy that comes out."""
 
+import importlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -10,8 +11,11 @@ from trl import ModelConfig, get_peft_config
 
 from baselines.sft import GreedyPolicy
 from trl_proxy.decoding.hidden_states import HiddenStateHook
+from trl_proxy.runs import train
 from trl_proxy.runs.arguments import RunArguments, load_datasets, load_policy, load_rewards
 from trl_proxy.runs.fit import fit, prepare_run
+from trl_proxy.runs.parsing import ScriptParser
+from trl_proxy.trainer.fields import TRAINED_LM, check_fields
 
 BASELINES = ("ppo", "rloo", "grpo", "dpo")  # modules of this package with `CONFIGS` and `train`
 
@@ -29,6 +33,19 @@ class LoraModelConfig(ModelConfig):
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
     )
+
+    def __post_init__(self):
+        check_fields(self, TRAINED_LM)
+        super().__post_init__()
+
+
+def make_parser(method: str) -> ScriptParser:
+    """The parser of a training script: `proxy` is scripts/train_proxy.py, the others are scripts/train_baseline.py."""
+    if method == "proxy":
+        return train.make_parser()
+    module = importlib.import_module(f"baselines.{method}")
+    sections = dict(zip(("the run", method.upper(), "the LM"), module.CONFIGS, strict=True))
+    return ScriptParser(sections, description=f"{method}: {' '.join(module.__doc__.split())}")
 
 
 def train_on_reward(method: str, trainer_class, run_args: RunArguments, training_args, model_args: LoraModelConfig):

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
-from trl import TrlParser
 
 from baselines.training import BASELINES, method_of
+from baselines.training import make_parser as make_training_parser
 from eval.comparison import Comparison, kind_title, mean_over_seeds
 from eval.plots.sweep import draw_sweep
 from eval.records import read_records
@@ -22,6 +22,7 @@ from eval.sweep import read_sweep
 from eval.trainings import SCRIPTS, training_command
 from trl_proxy.files import write_text
 from trl_proxy.runs.arguments import parse_dicts
+from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.process import find_file, lock_folder, run_command, wait_until_free
 
 
@@ -65,6 +66,9 @@ class SweepArguments:
         for name, values in self.grid.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"--grid must give a list of values for every field, got {values!r} for {name}.")
+        parser = make_training_parser(self.method)
+        self.grid = {k: [parser.coerce(k, value, "--grid") for value in values] for k, values in self.grid.items()}
+        self.settings = {name: parser.coerce(name, value, "--settings") for name, value in self.settings.items()}
         if not self.grid:
             raise ValueError("--grid is empty: name a field and its values, {p_t: [0.1, 0.01]}.")
         if self.jobs < 1 or not self.seeds:
@@ -203,5 +207,5 @@ def sweep(args: SweepArguments) -> list[list[str]]:
     return rows
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((SweepArguments,), description="Train a grid of settings, evaluate every cell, compare them.")
+def make_parser() -> RecipeParser:
+    return RecipeParser((SweepArguments,), description="Train a grid of settings, evaluate every cell, compare them.")

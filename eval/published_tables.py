@@ -1,4 +1,4 @@
-"""The tables of the documentation, printed from the published results alone.
+"""The tables of the documentation, printed from the published results, and from the tables of fields.
 
 python scripts/report.py --tables                            # prints every table
 python scripts/report.py --tables README.md docs/results.md  # writes them into these pages
@@ -15,6 +15,7 @@ from eval.published_columns import COLUMNS
 from eval.report.tables import markdown_table, with_interval
 from eval.stats import rate_ci
 from trl_proxy.files import write_text
+from trl_proxy.trainer import fields
 
 
 def table(rows: list[Row], columns: list[str], left: int = 1) -> str:
@@ -229,6 +230,24 @@ def benchmark_speed(published: Published) -> str:
     return markdown_table(["method", *headers, "LM forwards per token"], rows)
 
 
+def _fields(table: dict[str, fields.Field]) -> Callable[[Published], str]:
+    """A table of what becomes of the fields of TRL's configurations, those with the same fate in one row."""
+
+    def printed(published: Published) -> str:
+        rows: dict[fields.Field, list[str]] = {}
+        for name, entry in table.items():
+            rows.setdefault(entry._replace(same=()), []).append(f"`{name}`")
+        cells = []
+        for entry, names in sorted(rows.items(), key=lambda row: _STATUSES.index(row[0].status)):
+            why = f"only with `{entry.needs}`" if entry.needs else entry.why
+            cells.append([", ".join(sorted(names)), entry.status, why])
+        return markdown_table(["field", "is", "why"], cells, left=3)
+
+    return printed
+
+
+_STATUSES = ("refused", "no effect", "used")
+
 TABLES: dict[str, Callable[[Published], str]] = {
     "readme": readme,
     "comparison": comparison,
@@ -244,6 +263,11 @@ TABLES: dict[str, Callable[[Published], str]] = {
     "temperature": _swept("sweep_temperature", "temperature"),
     "benchmark-speed": benchmark_speed,
     "readers": readers,
+    "fields-proxy": _fields(fields.PROXY),
+    "fields-ppo": _fields(fields.PPO),
+    "fields-frozen-lm": _fields(fields.FROZEN_LM),
+    "fields-trained-lm": _fields(fields.TRAINED_LM),
+    "fields-script": _fields(fields.SCRIPT),
 }
 
 

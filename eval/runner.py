@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from datasets import Dataset
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from baselines.best_of_n import BestOfNPolicy, best_of
 from baselines.proxy import ProxyPolicy
@@ -29,12 +29,13 @@ from trl_proxy.loading import load_reward
 from trl_proxy.modeling.card import add_results
 from trl_proxy.prompts import check_prompts
 from trl_proxy.rewards.caller import RewardCaller
-from trl_proxy.runs.arguments import add_system_prompt, load_policy, to_device
+from trl_proxy.runs.arguments import FrozenModelConfig, add_system_prompt, load_policy, to_device
+from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.process import lock_folder
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((CompareArguments, ModelConfig), description=__doc__.partition("\n")[0])
+def make_parser() -> RecipeParser:
+    return RecipeParser((CompareArguments, FrozenModelConfig), description=__doc__.partition("\n")[0])
 
 
 def with_start_time(run: Run, **facts) -> Run:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from trl import TrlParser
 
 from eval.report.tables import markdown_table
 from trl_proxy import ProxyConfig
 from trl_proxy.core.features import NUM_SCALARS, part_sizes, state_size
 from trl_proxy.loading import resolve_model
+from trl_proxy.runs.parsing import RecipeParser
 
 GB = 1e9
 # The architectures of Llama-3.2-1B, Mistral-7B-v0.3 and Llama-3.1-70B.
@@ -297,8 +297,8 @@ def table(args: SizingArguments) -> list[dict[str, str]]:
     return rows
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((SizingArguments,), description=__doc__.partition("\n")[0])
+def make_parser() -> RecipeParser:
+    return RecipeParser((SizingArguments,), description=__doc__.partition("\n")[0])
 
 
 def print_sizing(args: SizingArguments) -> None:

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import yaml
-
-from baselines.training import method_of
+from baselines.training import make_parser, method_of
 from eval.trained import TrainedRun, read_baseline, read_proxy
 from trl_proxy.runs.arguments import to_cli
 from trl_proxy.runs.process import find_file, launcher, run_command, wait_until_free
@@ -21,13 +19,18 @@ def training_command(method: str, recipe: str, settings: dict, folder: str | Pat
         settings: field -> value, over the recipe.
         launch: how to run a training script, a command line.
     """
-    written = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-    if is_finished(folder, written | settings):
+    parser = make_parser(method)
+    settings = {name: parser.coerce(name, value, "--train_settings") for name, value in settings.items()}
+    words = ["--config", recipe, *to_cli(settings), "--output_dir", str(folder)]
+    asked = parser.asked(words)
+    if lost := [name for name, value in settings.items() if asked.get(name) != value]:
+        raise ValueError(f"`{lost[0]}` cannot be {settings[lost[0]]!r} on a command line: write it in {recipe}.")
+    if is_finished(folder, asked, parser.defaults()):
         return None
     script = [str(SCRIPTS / "train_proxy.py")]
     if method != "proxy":
         script = [str(SCRIPTS / "train_baseline.py"), "--method", method]
-    return [*launcher(launch), *script, "--config", recipe, *to_cli(settings), "--output_dir", str(folder)]
+    return [*launcher(launch), *script, *words]
 
 
 def train_missing(

@@ -18,8 +18,7 @@ import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
 
 import importlib
 
-from baselines.training import BASELINES, method_of
-from trl_proxy.runs.parsing import ScriptParser
+from baselines.training import BASELINES, make_parser, method_of
 from trl_proxy.runs.process import run_script
 from trl_proxy.trainer.reward_guards import RewardError
 
@@ -34,10 +33,7 @@ def parse(arguments: list[str]):
         del arguments[i : i + 2]
     if method not in BASELINES:
         raise ValueError(f"--method must be one of {', '.join(BASELINES)}, got {method}.")
-    module = importlib.import_module(f"baselines.{method}")
-    sections = dict(zip(("the run", method.upper(), "the LM"), module.CONFIGS, strict=True))
-    parser = ScriptParser(sections, description=f"{method}: {' '.join(module.__doc__.split())}")
-    return module, parser.parse_args_and_config(arguments)
+    return importlib.import_module(f"baselines.{method}"), make_parser(method).parse_args_and_config(arguments)
 
 
 def main(arguments: list[str]):

@@ -29,15 +29,14 @@ import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
 
 # isort: split
 
-from trl import TrlParser
-
 from eval.preference_accuracy import train_reward
 from trl_proxy.rewards.training import RewardTrainingArguments, ScriptArguments
+from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.process import run_script
 
 
-def parser() -> TrlParser:
-    return TrlParser((ScriptArguments, RewardTrainingArguments))
+def parser() -> RecipeParser:
+    return RecipeParser((ScriptArguments, RewardTrainingArguments))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Several processes, large LMs: what accelerate is told, gradients and metrics over two ranks, offloaded LMs."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -85,12 +86,17 @@ def test_rewards_and_metrics_are_of_all_processes(two, load_two_ranks, lm_folder
     one = load_two_ranks.main(str(lm_folder), str(tmp_path), world_size=1)
     assert one["wrapper"] == "ProxyModelForCausalLM"
     assert two["even_scored"] == one["even_scored"]
-    # Losses are means over the processes of means over decisions, which one process does not have.
-    means = ("eval_loss", "eval_entropy", "eval_approx_kl", "eval_clip_ratio", "eval_num_tokens", "eval_model")
-    same = {key for key in one["even"] if not key.startswith(means)}
-    assert {"eval_reward", "eval_reward_std", "eval_accept_rate", "eval_kl", "eval_explained_variance"} <= same
+    same = {key for key in one["even"] if not key.startswith(("eval_num_tokens", "eval_model"))}
+    shown = {"eval_reward", "eval_reward_std", "eval_accept_rate", "eval_kl", "eval_explained_variance", "eval_loss"}
+    assert shown <= same
     for key in same:
         assert two["even"][key] == pytest.approx(one["even"][key], abs=1e-5), key
+    # The last batch of the two processes has one prompt and three that fill it up.
+    for key in same:
+        assert two["uneven"][key] == pytest.approx(one["uneven"][key], abs=1e-5), key
+    worth = [one["uneven_scored"][prompt] for prompt in one["uneven_scored"]]
+    assert two["uneven"]["eval_reward"] == pytest.approx(sum(worth) / 5)
+    assert two["uneven"]["eval_reward_std"] == pytest.approx(statistics.stdev(worth))
 
 
 def test_an_uneven_last_batch(two):

@@ -19,6 +19,7 @@ from trl_proxy.decoding.prefix_cache import PreallocatedLayer
 from trl_proxy.decoding.row_cache import _RowLayer
 from trl_proxy.trainer.actor_critic import ActorCriticTrainer
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
+from trl_proxy.trainer.metrics import RowMetricsMixin
 from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 # The first parameters of each, which are all that we rely on.
@@ -37,6 +38,9 @@ TRAINER = {
     "_save_checkpoint": "model trial",
     "_save_rng_state": "output_dir",
     "create_model_card": "model_name dataset_name tags",
+    "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
+    "get_eval_dataloader": "eval_dataset",
+    "log": "logs start_time",
 }
 OTHERS = {
     Cache: {"__init__": "layers"},
@@ -52,6 +56,9 @@ OTHERS = {
     GRPOTrainer: {
         "_calculate_rewards": TRAINER["_calculate_rewards"],
         "_generate_and_score_completions": TRAINER["_generate_and_score_completions"],
+        "evaluation_loop": TRAINER["evaluation_loop"],
+        "get_eval_dataloader": TRAINER["get_eval_dataloader"],
+        "log": TRAINER["log"],
     },
     GenerationMixin: {
         "generate": "inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn synced_gpus "
@@ -86,7 +93,7 @@ def test_what_is_overridden_has_the_same_signature(owner, name, expected):
 
 
 @pytest.mark.parametrize(
-    "ours", [AtomicCheckpointMixin, RewardGuardMixin, ActorCriticTrainer, ProxyPPOTrainer, PPOTrainer]
+    "ours", [AtomicCheckpointMixin, RowMetricsMixin, RewardGuardMixin, ActorCriticTrainer, ProxyPPOTrainer, PPOTrainer]
 )
 def test_every_override_of_the_trainer_is_watched(ours):
     overridden = {name for name, x in vars(ours).items() if inspect.isfunction(x) and hasattr(RLOOTrainer, name)}
@@ -106,6 +113,8 @@ def test_every_override_of_the_cache_is_watched(ours, theirs):
     [
         "self._tokenizer =",
         "self._metrics =",
+        "self.eos_token_ids =",
+        "self.reward_func_names",
         "self._logs = {",
         '"advantages": deque',
         "self._pending_extra_logs =",

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from tqdm.auto import tqdm
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from eval.comparison import Comparison
 from eval.judges.judgements import (
@@ -36,7 +36,8 @@ from eval.records import git_commit, package_versions
 from eval.report.tables import print_table
 from trl_proxy.devices import inference_device
 from trl_proxy.loading import EMBEDDED
-from trl_proxy.runs.arguments import load_policy, parse_dicts, to_device
+from trl_proxy.runs.arguments import FrozenModelConfig, load_policy, parse_dicts, to_device
+from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.resume import changed_keys
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
@@ -119,8 +120,8 @@ class JudgeArguments:
             raise ValueError(f"--judge_request must be a JSON object, got {self.judge_request!r}.")
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((JudgeArguments, ModelConfig), description=__doc__.partition("\n")[0])
+def make_parser() -> RecipeParser:
+    return RecipeParser((JudgeArguments, FrozenModelConfig), description=__doc__.partition("\n")[0])
 
 
 @dataclass(frozen=True)

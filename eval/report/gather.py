@@ -17,7 +17,7 @@ from eval.sweep import read_sweep
 from eval.training_logs import TrainingLog, read_training_file, training_log
 from trl_proxy.core.config import CONFIG_NAME
 from trl_proxy.files import write_text
-from trl_proxy.runs.resume import RESULTS_FILE, RUN_FILE
+from trl_proxy.runs.resume import ASKED, RESULTS_FILE, RUN_FILE
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,8 @@ def read_run(folder: Path) -> dict:
         ValueError: if the folder has no run.json, or a damaged one.
     """
     config = folder / CONFIG_NAME
-    return {**read_training_file(folder / RUN_FILE), **(read_training_file(config) if config.is_file() else {})}
+    run = {name: value for name, value in read_training_file(folder / RUN_FILE).items() if name != ASKED}
+    return {**run, **(read_training_file(config) if config.is_file() else {})}
 
 
 def report(args: argparse.Namespace) -> Path | None:

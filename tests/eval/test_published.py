@@ -10,7 +10,7 @@ from eval.published import SHOWN_KINDS, Published, read_lines, write_summaries
 from eval.published_tables import TABLES, fill, print_tables
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/fields.md")
 
 
 @pytest.fixture(scope="module")

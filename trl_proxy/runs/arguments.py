@@ -1,6 +1,6 @@
 """The arguments of the training scripts, and what they load: prompts, rewards, the LM."""
 
-import dataclasses
+import copy
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +16,7 @@ from ..devices import half_dtype, is_main_process
 from ..loading import EMBEDDED, load_lm, load_prompts, load_reward
 from ..reading import UnknownSplit
 from ..rewards.checks import check_weights
+from ..trainer.fields import FROZEN_LM, SCRIPT, check_fields
 from ..trainer.prompt_checks import check_work
 
 logger = logging.get_logger(__name__)
@@ -87,21 +88,28 @@ class RunArguments(SystemPromptArguments, ScriptArguments):
         default=False,
         metadata={"help": "Print everything that is logged, and a progress bar. `log.jsonl` always has everything."},
     )
+    # What the command line and its recipe set: `RecipeParser.asked`.
+    asked: dict | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
+        check_fields(self, SCRIPT)
         if self.max_train_seconds is not None and self.max_train_seconds <= 0:
             raise ValueError(f"`max_train_seconds` must be above 0, got {self.max_train_seconds}.")
-        if self.dataset_streaming:
-            raise ValueError(
-                "--dataset_streaming is not supported, because every prompt is checked before training: leave it out, "
-                "and take a part of a large dataset by --dataset_train_split 'train[:10000]'."
-            )
 
 
 def load_split(run_args: RunArguments, split: str) -> Dataset:
     """A split of the prompts that the arguments name, with their system message."""
     prompts = load_prompts(run_args.dataset_name or EMBEDDED, split, config=run_args.dataset_config)
     return add_system_prompt(prompts, run_args.system_prompt)
+
+
+@dataclass
+class FrozenModelConfig(ModelConfig):
+    """TRL's model arguments for an LM that is not trained: adapters are refused."""
+
+    def __post_init__(self):
+        check_fields(self, FROZEN_LM)
+        super().__post_init__()
 
 
 def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Dataset | None]:
@@ -155,21 +163,45 @@ def load_rewards(
     return [load_reward(name, device=device, trust_remote_code=trust_remote_code) for name in names]
 
 
+# What `model_init_kwargs` must not set, because a flag of the scripts does.
+_FLAGS = {
+    "attn_implementation": "--attn_implementation",
+    "dtype": "--dtype",
+    "quantization_config": "--load_in_4bit or --load_in_8bit",
+    "revision": "--model_revision",
+    "torch_dtype": "--dtype",
+    "trust_remote_code": "--trust_remote_code",
+}
+
+
 def load_policy(model_args: ModelConfig, args, device: str | torch.device):
     """The LM that the model arguments name, in a dtype that suits the device, and its tokenizer. `args` tells whether
-    to trust remote code."""
+    to trust remote code, and may have TRL's `model_init_kwargs` for `from_pretrained`."""
+    name, further = model_args.model_name_or_path or EMBEDDED, getattr(args, "model_init_kwargs", None) or {}
+    if clash := sorted(further.keys() & _FLAGS.keys()):
+        raise ValueError(f"`model_init_kwargs` must not set `{clash[0]}`: use {_FLAGS[clash[0]]}.")
+    if name == EMBEDDED and model_args.model_revision != "main":
+        raise ValueError(f"The embedded LM has no revision {model_args.model_revision}: leave out --model_revision.")
     # TRL's 4 bit computes in the dtype of the arguments and has no `auto`.
-    auto = model_args.dtype == "auto"
-    computed = dataclasses.replace(model_args, dtype=half_dtype(device)) if auto else model_args
-    return load_lm(
-        model_args.model_name_or_path or EMBEDDED,
-        dtype=model_args.dtype,
-        quantization_config=get_quantization_config(computed),
-        revision=model_args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        device=device,
-        attn_implementation=model_args.attn_implementation,
-    )
+    computed = model_args
+    if model_args.dtype == "auto":
+        computed = copy.copy(model_args)
+        computed.dtype = half_dtype(device)
+    try:
+        return load_lm(
+            name,
+            dtype=model_args.dtype,
+            quantization_config=get_quantization_config(computed),
+            revision=model_args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            device=device,
+            attn_implementation=model_args.attn_implementation,
+            **further,
+        )
+    except TypeError as error:
+        if not further:
+            raise
+        raise ValueError(f"`model_init_kwargs` {further} do not suit the LM {name} ({error}).") from error
 
 
 def to_device(lm, device):

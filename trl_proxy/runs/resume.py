@@ -16,6 +16,7 @@ from .arguments import (
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "train_results.json"
+ASKED = "asked"  # in run.json: what the command set, before any default
 # Settings that may differ between a run and the command that resumes it, or that must not be written to a file.
 _NOT_IDENTITY = {
     "resume_from_checkpoint",
@@ -34,6 +35,8 @@ _NOT_IDENTITY = {
 def identity(*configs) -> dict:
     """The settings that identify a run, as JSON-ready values."""
     values = {k: v for config in configs for k, v in dataclasses.asdict(config).items() if k not in _NOT_IDENTITY}
+    if values.get(ASKED) is not None:
+        values[ASKED] = {k: v for k, v in values[ASKED].items() if k not in _NOT_IDENTITY}
     return json.loads(json.dumps(values, default=str, sort_keys=True))
 
 
@@ -51,7 +54,8 @@ def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> st
     if not os.path.isfile(path):
         raise ValueError(f"{output_dir} holds a checkpoint of something else: choose another --output_dir.")
     before = read_json(path)
-    if changed := changed_keys(before, run):
+    # What was asked for may be written in another way.
+    if changed := sorted(set(changed_keys(before, run)) - {ASKED}):
         raise ValueError(
             f"{output_dir} holds the checkpoint of another run (different: {', '.join(changed)}): choose another "
             "--output_dir, or start anew with --overwrite_output_dir."
@@ -110,10 +114,15 @@ def check_checkpoint(checkpoint: str) -> None:
     )
 
 
-def is_finished(folder: str | os.PathLike, settings: dict) -> bool:
-    """Whether a finished run with these settings, names and values as in a recipe, is in the folder."""
+def is_finished(folder: str | os.PathLike, asked: dict, defaults: dict) -> bool:
+    """Whether the folder holds a finished run of a command.
+
+    Args:
+        asked: what the command sets, as `RecipeParser.asked` tells it.
+        defaults: of everything else, from the same parser.
+    """
     run_file = os.path.join(folder, RUN_FILE)
     if not os.path.isfile(run_file) or not os.path.isfile(os.path.join(folder, RESULTS_FILE)):
         return False
-    run = read_json(run_file)
-    return all(run[key] == value for key, value in settings.items() if key in run)
+    before = read_json(run_file).get(ASKED)
+    return before is not None and _NOT_IDENTITY.issuperset(changed_keys(defaults | before, defaults | asked))

@@ -3,13 +3,11 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from trl import ModelConfig
-
 from ..core.config import ProxyConfig
 from ..modeling.causal_lm import ProxyModelForCausalLM
 from ..trainer.config import ProxyPPOConfig
 from ..trainer.proxy_ppo import ProxyPPOTrainer
-from .arguments import RunArguments, load_datasets, load_policy, load_rewards
+from .arguments import FrozenModelConfig, RunArguments, load_datasets, load_policy, load_rewards
 from .fit import fit, prepare_run
 from .parsing import ScriptParser
 
@@ -42,14 +40,19 @@ class ProxyRunArguments(RunArguments):
 def make_parser() -> ScriptParser:
     """TRL's parser over everything that can be set."""
     return ScriptParser(
-        {"the proxy": ProxyArguments, "the run": ProxyRunArguments, "PPO": ProxyPPOConfig, "the LM": ModelConfig},
-        order=(ProxyRunArguments, ProxyPPOConfig, ProxyArguments, ModelConfig),
+        {
+            "the proxy": ProxyArguments,
+            "the run": ProxyRunArguments,
+            "PPO": ProxyPPOConfig,
+            "the LM": FrozenModelConfig,
+        },
+        order=(ProxyRunArguments, ProxyPPOConfig, ProxyArguments, FrozenModelConfig),
         description="Train a proxy over a frozen language model by PPO on a reward.",
     )
 
 
 def train(
-    run_args: ProxyRunArguments, training_args: ProxyPPOConfig, proxy_args, model_args: ModelConfig
+    run_args: ProxyRunArguments, training_args: ProxyPPOConfig, proxy_args, model_args: FrozenModelConfig
 ) -> ProxyPPOTrainer:
     """Loads everything, trains, saves the proxy to `output_dir`."""
     trained = run_args.proxy_name_or_path

@@ -8,9 +8,11 @@ Comments mark the places where RLHF breaks, with the same number in all files: (
 mask, (3) EOS, (4) shaping, (5) whitening over processes, (6) ratio under replay, (7) sign of the KL.
 """
 
+import inspect
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -21,6 +23,9 @@ from .decoding import DecodingMixin
 from .losses import approx_kl, clip_fraction, clipped_policy_loss, clipped_value_loss, masked_mean
 from .prompt_checks import PromptCheckMixin
 from .reward_guards import RewardGuardMixin
+
+# Moments from which the critic's explained variance is computed.
+_RETURN, _RETURN_SQUARED, _ERROR, _ERROR_SQUARED = "return", "return squared", "error", "error squared"
 
 
 class _EpochSampler(RepeatSampler):
@@ -34,8 +39,18 @@ class _EpochSampler(RepeatSampler):
 class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOOTrainer):
     """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`."""
 
+    # Arguments that the trainer cannot have -> the rest of a sentence.
+    _refused_arguments: dict[str, str] = {}
+
     def __init__(self, model, reward_funcs, args: PPOConfig, **kwargs):
+        for name, value in list(kwargs.items()):
+            known = name in inspect.signature(RLOOTrainer.__init__).parameters
+            if not known or (value is not None and name in self._refused_arguments):
+                why = self._refused_arguments.get(name, "it takes those of RLOOTrainer")
+                raise ValueError(f"{type(self).__name__} takes no `{name}`: {why}.")
+        _refuse_processor(kwargs.get("processing_class"))
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        _refuse_processor(self.processing_class)  # TRL may have loaded it
         warn_of_emulation(self.model.get_input_embeddings().weight.dtype, self.accelerator.device)
 
     # What subclasses provide
@@ -98,7 +113,12 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         batch = self._collect(output)
-        mask, values = batch["action_mask"], batch["state_values"]
+        values = batch["state_values"]
+        # A response that was cut off, with `mask_truncated_completions`, has nothing to learn from; nor has a row that
+        # only fills the last batch of an evaluation.
+        mask = batch["action_mask"] = batch["action_mask"] & output["completion_mask"].any(-1, keepdim=True)
+        if self._is_real is not None:
+            mask = batch["action_mask"] = mask & self._is_real[:, None]
         start = self.accelerator.process_index * len(inputs)
         scores = torch.stack(self._scores, -1)[start : start + len(inputs)].to(values)
         # (4) Shaping: each change of the score is paid to the decision that caused it. The changes sum to the finished
@@ -108,26 +128,17 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
         # (2) Decision mask: padding earns nothing, carries no value, and passes none on.
         advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.gae_lambda)
 
-        # (5) Whitening over processes: each has a part of the rollout, and all must use the same moments. The moments
-        # also give the critic's explained variance.
         error = (returns - values) * mask
-        total = self.accelerator.reduce(
-            torch.stack(
-                [x.double().sum() for x in (mask, advantages, advantages**2, returns, returns**2, error, error**2)]
-            ),
-            reduction="sum",
-        ).tolist()
-        n = max(total[0], 1.0)
-        mean = total[1] / n
-        std = max(total[2] / n - mean**2, 0.0) ** 0.5
-        var_returns, var_error = (max(total[i + 1] / n - (total[i] / n) ** 2, 0.0) for i in (3, 5))
-        batch["advantages_per_step"] = (advantages - mean) / (std + 1e-8) * mask
+        of_value = {"value/mean": values * mask, _RETURN: returns, _RETURN_SQUARED: returns**2}
+        of_value |= {_ERROR: error, _ERROR_SQUARED: error**2}
+        self._add_ratios({name: (x.sum(-1), mask.sum(-1)) for name, x in of_value.items()})
+        if self.args.normalize_advantages:
+            batch["advantages_per_step"] = self._whitened(advantages, mask)
+        else:
+            batch["advantages_per_step"] = advantages
         batch["returns"] = returns
-
-        explained = 1 - var_error / var_returns if var_returns > 0 else 0.0
-        metrics = self._log_scalars({"explained_variance": explained, "value/mean": (total[3] - total[5]) / n})
         # With a critic, the spread within a group of completions means nothing.
-        metrics.pop("frac_reward_zero_std", None)
+        self._metrics[self._mode].pop("frac_reward_zero_std", None)
         # The table of completions shows an episode's mean advantage in place of RLOO's.
         output["advantages"] = advantages.sum(-1) / mask.sum(-1).clamp(min=1)
         shown = self.accelerator.gather(output["advantages"]).tolist()
@@ -136,7 +147,40 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
         self._logs["advantages"].extend(shown)
         return {**output, **batch}
 
+    def _whitened(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Advantages of mean 0 and deviation 1 over the steps of the mask, zero outside."""
+        # (5) Whitening over processes: each has a part of the rollout, and all must use the same moments.
+        total = self.accelerator.reduce(
+            torch.stack([x.double().sum() for x in (mask, advantages, advantages**2)]), reduction="sum"
+        ).tolist()
+        n = max(total[0], 1.0)
+        mean = total[1] / n
+        std = max(total[2] / n - mean**2, 0.0) ** 0.5
+        return (advantages - mean) / (std + 1e-8) * mask
+
+    def _derived(self, means):
+        """Adds the critic's explained variance, from the moments of the returns and of its errors."""
+        if _RETURN in means:
+            moments = [means.pop(name) for name in (_RETURN, _RETURN_SQUARED, _ERROR, _ERROR_SQUARED)]
+            var_returns, var_error = (max(moments[i + 1] - moments[i] ** 2, 0.0) for i in (0, 2))
+            means["explained_variance"] = 1 - var_error / var_returns if var_returns > 0 else 0.0
+        return means
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # transformers takes the mean of the batches' losses.
+        means = {name: values[0] for name, values in self._metrics["eval"].items()}
+        loss = self._loss(means["loss/policy"], means["loss/value"], means["entropy"])
+        loss += self.router_aux_loss_coef * means.get("aux_loss", 0.0)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
     # Loss
+
+    def _loss(self, policy, value, entropy):
+        return policy + self.args.vf_coef * value - self.args.entropy_coef * entropy
 
     def _compute_loss(self, model, inputs):
         mask, old = inputs["action_mask"], inputs["action_log_probs"]
@@ -156,16 +200,8 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
                 "approx_kl": approx_kl(log_probs, old, mask),
                 "clip_ratio": clip_fraction(log_probs, old, mask, *clip),
             }
-            values = self.accelerator.reduce(torch.stack([x.detach() for x in logged.values()]), reduction="mean")
-        self._log_scalars(dict(zip(logged, values.tolist())))
-        return policy_loss + self.args.vf_coef * value_loss - self.args.entropy_coef * entropy
-
-    def _log_scalars(self, values: dict[str, float]) -> dict[str, list[float]]:
-        """Adds values to the training or evaluation metrics that the next log line averages; returns all of them."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in values.items():
-            metrics[name].append(value)
-        return metrics
+            self._add_ratios({name: (x * mask.sum(), mask.sum()) for name, x in logged.items()})
+        return self._loss(policy_loss, value_loss, entropy)
 
     # Data order
 
@@ -177,4 +213,13 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
+        )
+
+
+def _refuse_processor(processing_class) -> None:
+    """`ValueError` for the processor of a vision-language model."""
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}, but images are not supported: give its "
+            "`.tokenizer` to train on text."
         )

@@ -6,6 +6,7 @@ from trl import RLOOConfig
 
 from ..decoding.settings import check_generation_kwargs
 from ..devices import DeviceDefaults
+from . import fields
 
 
 @dataclass
@@ -46,6 +47,9 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
     vf_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    normalize_advantages: bool = field(
+        default=True, metadata={"help": "Whiten the advantages of each rollout: mean 0, deviation 1 over its steps."}
+    )
     group_baseline: bool = field(
         default=True,
         metadata={
@@ -65,7 +69,13 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
         },
     )
 
+    _fields = fields.PPO
+
     def __post_init__(self):
+        fields.check_fields(self, self._fields)
+        for name in ("max_completion_length", "num_generations"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` must be a number, got None: a rollout needs one.")
         try:
             super().__post_init__()
         except ValueError as error:
@@ -82,13 +92,6 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every update uses all trained parameters. DDP's search would miss the critic, which runs after `forward`.
             self.ddp_find_unused_parameters = False
-        if self.use_vllm:
-            raise ValueError("`use_vllm=True` is not supported: rollouts are made by `generate`; set it to False.")
-        if self.use_transformers_continuous_batching:
-            raise ValueError(
-                "`use_transformers_continuous_batching=True` is not supported: rollouts need the record of decisions "
-                "that `generate` keeps; set it to False."
-            )
         check_generation_kwargs(self.generation_kwargs, sampling=self._samples_the_lm)
 
 
@@ -133,11 +136,9 @@ class ProxyPPOConfig(PPOConfig):
         },
     )
 
+    _fields = fields.PROXY
+
     def __post_init__(self):
         super().__post_init__()
-        if self.gradient_checkpointing:
-            raise ValueError("`gradient_checkpointing=True` is not supported: no LM runs in the update; set it False.")
         if self.replay_rollouts < 1:
             raise ValueError(f"`replay_rollouts` must be at least 1, got {self.replay_rollouts}.")
-        if self.sync_ref_model:
-            raise ValueError("`sync_ref_model=True` is not supported: the frozen LM is the reference; set it False.")

@@ -38,6 +38,11 @@ class DecodingMixin(Trainer):
         lm = self.accelerator.unwrap_model(self.model)
         sampling = getattr(self.args, "_samples_the_lm", True)
         self.decoding = DecodingSettings.of(lm, self._tokenizer, **settings_of(self.args), sampling=sampling)
+        if self.mask_truncated_completions and self.decoding.options.get("stop_strings"):
+            raise ValueError(
+                "`mask_truncated_completions` knows no stop strings and would leave out the responses that end by one: "
+                "set it to False, or switch the stop strings off by generation_kwargs {'stop_strings': None}."
+            )
         self.eos_token_ids = self.decoding.eos_token_ids
         if hasattr(self, "generation_config"):  # else an engine generates
             options = {**self.generation_kwargs, **self.decoding.generation_config().to_diff_dict()}

@@ -69,6 +69,7 @@ class PPOTrainer(ActorCriticTrainer):
             self.accelerator.device, dtype
         )
         self._passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._aux_loss: torch.Tensor | None = None
 
     def _head_owner(self) -> nn.Module:
         return without_peft(self.accelerator.unwrap_model(self.model))
@@ -102,17 +103,32 @@ class PPOTrainer(ActorCriticTrainer):
             "state_values": values * mask,
         }
         if reference:
-            batch["step_rewards"] = -self.beta * (log_probs - reference[0][0]) * mask
+            log_ratio = (log_probs - reference[0][0]) * mask
+            batch["step_rewards"] = -self.beta * log_ratio
+            self._add_ratios({"kl": (log_ratio.sum(-1), mask.sum(-1))})
         return batch
 
     def _evaluate_actions(self, model, inputs):
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         self._passes.clear()
-        log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, inputs["completion_ids"].shape[1], compute_entropy=True
+        log_probs, entropies, self._aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            input_ids,
+            attention_mask,
+            inputs["completion_ids"].shape[1],
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
         )
         return log_probs, entropies, self._passes.pop()[1]
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.aux_loss_enabled:  # of a mixture of experts: its router's balance, as in TRL's trainers
+            aux_loss, self._aux_loss = self._aux_loss, None
+            self._add_ratios({"aux_loss": (aux_loss, 1)})
+            loss = loss + self.router_aux_loss_coef * aux_loss
+        return loss
 
     # Checkpoints: TRL writes the LM or its adapter; the value head has a separate file
 

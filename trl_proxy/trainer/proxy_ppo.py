@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase, is_wandb_available
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import BEMACallback
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..core.config import WEIGHTS_NAME, proxy_file
 from ..core.rollout import Decisions, Rollout
@@ -17,6 +20,7 @@ from ..modeling.proxies import WeightedProxy
 from .actor_critic import ActorCriticTrainer
 from .config import ProxyPPOConfig
 from .decoding import settings_of
+from .fields import ARGUMENTS
 from .replay import ReplayBuffer, concatenate, is_read_by_loss
 
 # About how many decisions are judged at once outside the update.
@@ -53,6 +57,8 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         "citation": CITATION,
     }
 
+    _refused_arguments = ARGUMENTS
+
     def __init__(self, model, reward_funcs, args: ProxyPPOConfig | None = None, processing_class=None, **kwargs):
         if not isinstance(model, ProxyModelForCausalLM):
             raise TypeError(
@@ -73,7 +79,9 @@ class ProxyPPOTrainer(ActorCriticTrainer):
                 f"{'FSDP' if fsdp else 'ZeRO-3'} is not supported: it would shard the frozen LM. Use "
                 "scripts/accelerate_configs/multi_gpu.yaml, and --load_in_4bit if the LM is too large for one GPU."
             )
-        if processing_class is not None and processing_class.eos_token_id is None:
+        for callback in kwargs.get("callbacks") or ():
+            _refuse_bema(callback)
+        if isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.eos_token_id is None:
             raise ValueError("The tokenizer has no end-of-sequence token: set `tokenizer.eos_token`.")
         # RLOO's own `beta` would load a second LM as reference. Our rollout already has the frozen LM's log-probs.
         without_reference = copy.copy(args)
@@ -88,6 +96,10 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         model.proxy.config.decoding = {name: value for name, value in decoding.items() if value} or None
         self._rollout: Any = None  # the latest Rollout, until `_collect` takes it
         self._replay = ReplayBuffer(args.replay_rollouts)
+
+    def add_callback(self, callback):
+        _refuse_bema(callback)
+        super().add_callback(callback)
 
     # Rollout
 
@@ -127,27 +139,18 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def _log_rollout(self, decisions: Decisions, seconds: float) -> None:
         rollout = self._rollout
-        local = [
-            decisions.tokens.sum(),
-            decisions.lm_forwards.sum(),
-            decisions.rank_sum.sum(),
-            rollout.mask.sum(),
-            (rollout.accept & rollout.mask).sum(),
-            rollout.token_log_probs.sum(),
-            len(rollout.mask),
-        ]
-        local = torch.tensor([float(x) for x in local], dtype=torch.float64, device=self.accelerator.device)
-        total = self.accelerator.reduce(local.float() if local.device.type == "mps" else local, reduction="sum")
-        tokens, forwards, rejections, asked, accepted, log_prob, episodes = total.tolist()
-        self._log_scalars(
+        self._response_tokens = tokens = decisions.tokens
+        asked, accepted = rollout.mask.sum(-1), (rollout.accept & rollout.mask).sum(-1)
+        self._add_ratios(
             {
-                "accept_rate": accepted / max(asked, 1),
-                "decisions_per_token": asked / tokens,
-                "lm_forwards_per_token": forwards / tokens,
-                "accepted_rank": rejections / tokens,
-                "lm_logp_per_token": log_prob / tokens,
-                "episodes_per_second": episodes / seconds,
-                "tokens_per_second": tokens / seconds,
+                "accept_rate": (accepted, asked),
+                "decisions_per_token": (asked, tokens),
+                "lm_forwards_per_token": (decisions.lm_forwards, tokens),
+                "accepted_rank": (decisions.rank_sum, tokens),
+                "lm_logp_per_token": (rollout.token_log_probs, tokens),
+                # All processes decode at the same time.
+                "episodes_per_second": (torch.ones_like(tokens), seconds / self.accelerator.num_processes),
+                "tokens_per_second": (tokens, seconds / self.accelerator.num_processes),
             }
         )
 
@@ -168,13 +171,12 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         logits = torch.cat([x.accept_logits for x in judged]) - model.proxy_config.threshold
         log_probs, _ = _bernoulli(logits, rollout.accept[rollout.mask])
         # (7) Sign of the KL: KL(gated LM || LM) is the mean of log pi(token) - log p(token) over the gate's own paths.
-        kl = torch.stack([log_probs.sum() - rollout.token_log_probs.sum(), output["completion_mask"].sum().float()])
-        kl = self.accelerator.reduce(kl, reduction="sum")
-        self._log_scalars({"kl": (kl[0] / kl[1]).item()})
+        per_decision = _unflatten(log_probs, rollout.mask)
+        self._add_ratios({"kl": (per_decision.sum(-1) - rollout.token_log_probs, self._response_tokens)})
         batch = {
             "action_mask": rollout.mask,
             "action_positions": rollout.positions,
-            "action_log_probs": _unflatten(log_probs, rollout.mask),
+            "action_log_probs": per_decision,
             "state_values": _unflatten(torch.cat([x.state_values for x in judged]), rollout.mask),
             **{f"rollout_{name}": value for name, value in rollout._asdict().items()},
         }
@@ -254,6 +256,14 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             training += (
                 f" On the validation prompts the reward was {measured[0]:.3f} at first, {max(measured):.3f} at best."
             )
+        links = training_links()
+        if links:
+            training += f" Its training is logged at {', '.join(f'[{name}]({url})' for name, url in links.items())}."
+        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        if "JOB_ID" in os.environ:
+            tags.append("hf_jobs")
+        if "Trackio" in links:
+            tags.append(f"trackio:{links['Trackio']}")
         card = proxy_card(
             self.model.proxy_config,
             *self.model.get_nb_trainable_parameters(),
@@ -261,7 +271,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
             training=training,
             name=model_name,
             dataset=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=list(dict.fromkeys(tags)),
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
@@ -271,6 +281,23 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def training_links() -> dict[str, str]:
+    """Tracker -> where it shows this process's run, as TRL's own cards say it."""
+    urls = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        urls["Weights & Biases"] = wandb.run.url if wandb.run is not None else None
+    return {name: url for name, url in urls.items() if url}
+
+
+def _refuse_bema(callback) -> None:
+    if issubclass(callback if isinstance(callback, type) else type(callback), BEMACallback):
+        raise ValueError(
+            "BEMACallback is not supported: it builds a second model from the configuration, and a proxy needs its LM."
+        )
 
 
 def _bernoulli(logits: torch.Tensor, accept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

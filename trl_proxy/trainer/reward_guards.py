@@ -12,6 +12,7 @@ from ..rewards.caller import RewardCaller
 from ..rewards.checks import RewardError
 from ..rewards.classifier import ClassifierReward
 from .checkpoints import AtomicCheckpointMixin
+from .metrics import RowMetricsMixin
 
 
 class _LogitsWatch:
@@ -36,7 +37,7 @@ class _LogitsWatch:
         return not all(largest < torch.inf for largest in self.largest)
 
 
-class RewardGuardMixin(AtomicCheckpointMixin):
+class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
     """A mixin to list before TRL's RLOOTrainer or GRPOTrainer. A [`RewardCaller`] calls the rewards.
     `args.reward_timeout`, if it exists, limits each call, in seconds."""
 

@@ -1,0 +1,116 @@
+"""Metrics of an evaluation are over its rows, whatever the batches; two processes are in tests/test_scale.py."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+
+from baselines.grpo import GuardedGRPOConfig, GuardedGRPOTrainer
+from baselines.rloo import GuardedRLOOConfig, GuardedRLOOTrainer
+from trl_proxy import PPOConfig, PPOTrainer, ProxyConfig, ProxyPPOConfig, ProxyPPOTrainer
+
+KINDS = {
+    "proxy": (ProxyPPOTrainer, ProxyPPOConfig),
+    "ppo": (PPOTrainer, PPOConfig),
+    "rloo": (GuardedRLOOTrainer, GuardedRLOOConfig),
+    "grpo": (GuardedGRPOTrainer, GuardedGRPOConfig),
+}
+# Of one clock, not of the rows.
+TIMES = ("per_second", "runtime", "preparation_time")
+
+
+@pytest.fixture
+def evaluate(tmp_path, tiny_lm, tiny_tokenizer, with_random_gate):
+    """`evaluate(kind, rewards, batch_size, **config)` -> the metrics of prompts that are worth `rewards`, and what was
+    scored: prompt, completion, reward."""
+
+    def run(kind, rewards, batch_size=4, streamed=False, **config):
+        trainer_class, config_class = KINDS[kind]
+        scored = []
+
+        def worth(prompts, completions, value, **kwargs):
+            scored.extend(zip(prompts, completions, value, strict=True))
+            return value
+
+        def sometimes(prompts, completions, value, **kwargs):
+            return [x if x else None for x in value]
+
+        torch.manual_seed(0)
+        lm = tiny_lm("llama")
+        model, extra = lm, {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
+        if kind == "proxy":
+            model, extra = with_random_gate(lm, ProxyConfig(p_t=0.001, gate_hidden_sizes=[8])), {}
+        rows = Dataset.from_dict({"prompt": [f"{chr(97 + i)}{i} " for i in range(len(rewards))], "value": rewards})
+        settings = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "bf16": False,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": batch_size,
+            "num_generations": 2,
+            "num_generations_eval": 1,
+            "max_completion_length": 6,
+            "report_to": [],
+            "disable_tqdm": True,
+            **config,
+        }
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=[worth, sometimes],
+            args=config_class(**settings),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer,
+            **extra,
+        )
+        evaluated = IterableDataset.from_generator(lambda: iter(rows)) if streamed else rows
+        metrics = trainer.evaluate(evaluated)
+        assert {k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_rew")} == {
+            k: v for k, v in metrics.items() if k.startswith("eval_rew")
+        }
+        return metrics, scored
+
+    return run
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_is_over_the_prompts(evaluate, kind, streamed):
+    """Four of them in the first batch, one in the second."""
+    rewards = [0.0, 0.0, 0.0, 0.0, 10.0]
+    metrics, scored = evaluate(kind, rewards, streamed=streamed)
+    assert len(scored) == 5
+    assert metrics["eval_reward"] == pytest.approx(2 * np.mean(rewards))  # the second reward is the same where it is
+    assert metrics["eval_reward_std"] == pytest.approx(2 * np.std(rewards, ddof=1))
+    assert metrics["eval_rewards/worth/mean"] == pytest.approx(np.mean(rewards))
+    assert metrics["eval_rewards/worth/std"] == pytest.approx(np.std(rewards, ddof=1))
+    assert metrics["eval_rewards/sometimes/mean"] == pytest.approx(10.0)  # of the rows that it applies to
+    lengths = [len(text) for _, text, _ in scored]
+    assert metrics["eval_completions/max_length"] <= 6
+    assert metrics["eval_completions/mean_length"] >= np.mean(lengths)  # without an end of sequence they are the same
+    assert metrics["eval_completions/mean_length"] <= np.mean(lengths) + 1
+
+
+@pytest.mark.parametrize("kind", ["proxy", "ppo"])
+@pytest.mark.parametrize("changes", [{}, {"num_generations_eval": 2}, {"beta": 0.1}, {"normalize_advantages": False}])
+def test_no_metric_depends_on_the_batches(evaluate, kind, changes):
+    """Greedy decisions do not, and neither does a response that is drawn in one order."""
+    if kind == "ppo":
+        changes = {**changes, "top_k": 1}  # PPOTrainer draws in evaluation, as TRL does
+    rewards = [0.0, 3.0, -1.0, 0.0, 10.0, 2.0, 5.0]
+    one, _ = evaluate(kind, rewards, batch_size=14, **changes)
+    two, _ = evaluate(kind, rewards, batch_size=4, **changes)
+    assert {"eval_loss", "eval_entropy", "eval_explained_variance", "eval_value/mean"} <= one.keys()
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if not name.endswith(TIMES):
+            assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_kl_is_over_tokens(evaluate, kind):
+    """TRL's own metrics, of batches of other sizes."""
+    one, _ = evaluate(kind, [1.0] * 5, batch_size=6, top_k=1, beta=0.1)
+    two, _ = evaluate(kind, [1.0] * 5, batch_size=2, top_k=1, beta=0.1)
+    for name in ("eval_kl", "eval_entropy", "eval_completions/mean_length", "eval_completions/clipped_ratio"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
