@@ -12,6 +12,7 @@ from trl import apply_chat_template
 
 from baselines.best_of_n import BestOfNPolicy
 from baselines.dpo import sample_pairs
+from baselines.rloo import GuardedRLOOConfig, GuardedRLOOTrainer
 from baselines.sft import GreedyPolicy
 from eval.harness import evaluate_policy
 from eval.records import Run
@@ -270,6 +271,42 @@ def test_a_trainer_takes_the_name_of_a_reward_model(places, classifier, score_al
     for row, text, number in numbers:
         alone = score_alone(ROWS["prompt"][row], [{"role": "assistant", "content": text}])
         assert number == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.fault
+def test_what_a_failed_reward_had_logged_is_not_counted(tiny_lm, tiny_tokenizer, tmp_path):
+    """After it was fixed in the same process, also by TRL's own trainers."""
+    broken = [True]
+
+    def reward(prompts, log_metric, log_extra, **kwargs):
+        log_metric("fixed", 0.0 if broken[0] else 1.0)
+        log_extra("text", ["x"] * len(prompts))
+        if broken[0]:
+            raise OSError("gone")
+        return [float(i) for i in range(len(prompts))]
+
+    settings = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 5, "max_steps": 1}
+    settings |= {
+        "report_to": [],
+        "disable_tqdm": True,
+        "beta": 0.0,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    trainer = GuardedRLOOTrainer(
+        tiny_lm(),
+        reward,
+        GuardedRLOOConfig(output_dir=str(tmp_path), **settings),
+        train_dataset=ROWS,
+        processing_class=tiny_tokenizer,
+    )
+    with pytest.raises(ValueError, match=r"reward raised OSError \(gone\) on the prompt '"):
+        trainer.train()
+    broken[0] = False
+    trainer.train()
+    assert [entry["fixed"] for entry in trainer.state.log_history if "fixed" in entry] == [1.0]
+    assert len(trainer._logs["extra"]["text"]) == 2
 
 
 def sleeps(prompts, **kwargs):

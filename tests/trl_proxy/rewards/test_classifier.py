@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -91,6 +92,14 @@ def test_scores_are_those_of_one_row_at_a_time(saved, kind, tiny_tokenizer):
 def test_plain_prompts_are_joined(saved):
     reward = ClassifierReward.from_pretrained(saved("one"))
     assert reward(["ab", "abc"], ["cd", "d"])[0] == pytest.approx(reward(["abc"], ["d"])[0], abs=1e-5)
+
+
+def test_no_special_tokens_are_added_to_what_the_template_has(saved, tiny_tokenizer):
+    tokenizer = type(tiny_tokenizer).from_pretrained(saved("one"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    assert tokenizer("a")["input_ids"][0] == 1
+    reward = ClassifierReward.from_pretrained(saved("one"), tokenizer=tokenizer)
+    assert reward(PROMPTS, COMPLETIONS) == ClassifierReward.from_pretrained(saved("one"))(PROMPTS, COMPLETIONS)
 
 
 def test_a_function_stays_what_it_is():
