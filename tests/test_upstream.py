@@ -25,6 +25,7 @@ from trl_proxy.trainer.reward_guards import RewardGuardMixin
 # The first parameters of each, which are all that we rely on.
 TRAINER = {
     "_calculate_rewards": "inputs prompts completions completion_ids_list",
+    "add_callback": "callback",
     "_compute_loss": "model inputs",
     "_generate_and_score_completions": "inputs",
     "_generate_single_turn": "prompt_ids images multimodal_fields",
