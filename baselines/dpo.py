@@ -115,7 +115,8 @@ def _load_reward(run_args: DPOArguments, training_args: DPOConfig) -> RewardCall
     """The weighted sum of the rewards. It is loaded before the LM: a wrong name fails early."""
     weights, trusted = run_args.reward_weights, training_args.trust_remote_code
     rewards = load_rewards(run_args, weights, trusted, training_args.device)
-    return RewardCaller(rewards, weights=weights, timeout=run_args.reward_timeout)
+    template, timeout = run_args.chat_template_kwargs, run_args.reward_timeout
+    return RewardCaller(rewards, weights=weights, timeout=timeout, chat_template_kwargs=template)
 
 
 def cached_pairs(

@@ -69,9 +69,8 @@ class Evaluation:
 
     def _load_reward(self, name: str, device) -> RewardCaller:
         trusted = self.args.trust_remote_code
-        caller = RewardCaller(
-            load_reward(name, batch_size=self.args.batch_size, device=device, trust_remote_code=trusted)
-        )
+        reward = load_reward(name, batch_size=self.args.batch_size, device=device, trust_remote_code=trusted)
+        caller = RewardCaller(reward, chat_template_kwargs=self.args.chat_template_kwargs)
         caller.check(self.prompts.column_names, self.prompts["prompt"][0])
         return caller
 

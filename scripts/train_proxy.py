@@ -27,12 +27,10 @@ import trl_proxy  # noqa: F401 - before TRL: it silences bitsandbytes
 
 from trl_proxy.runs.process import run_script
 from trl_proxy.runs.train import make_parser, train
-from trl_proxy.trainer.reward_guards import RewardError
 
 if __name__ == "__main__":
     run_script(
         "train_proxy",
         lambda: train(*make_parser().parse_args_and_config()),
-        errors=(RewardError,),
         goes_on=True,
     )

@@ -50,12 +50,11 @@ def main() -> None:
     sys.argv[0] = f"trl-proxy {command}"  # what `--help` shows
     if command == "train":
         from .runs.train import make_parser, train
-        from .trainer.reward_guards import RewardError
 
         def run():
             return train(*make_parser().parse_args_and_config(arguments))
 
-        run_script(command, run, errors=(RewardError,), goes_on=True)
+        run_script(command, run, goes_on=True)
     if command == "generate":
         from .runs.ask import ask
         from .runs.ask import make_parser as make_ask_parser

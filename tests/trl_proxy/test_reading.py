@@ -573,7 +573,10 @@ def test_prompts_in_both_splits_are_counted(folders, settings, monkeypatch):
 
 @pytest.mark.fault
 def test_streaming_is_refused():
-    with pytest.raises(ValueError, match="`dataset_streaming=True` is not supported: every prompt is checked before training; leave it out"):
+    with pytest.raises(
+        ValueError,
+        match="`dataset_streaming=True` is not supported: every prompt is checked before training; leave it out",
+    ):
         RunArguments(dataset_streaming=True)
 
 

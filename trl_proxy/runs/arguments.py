@@ -44,6 +44,8 @@ class DecodingArguments(SystemPromptArguments):
     )
 
     def __post_init__(self):
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()  # type: ignore[misc]  # of the arguments after this mixin
         for name in ("generation_kwargs", "chat_template_kwargs"):
             if getattr(self, name) is not None:
                 parse_dicts(self, name)

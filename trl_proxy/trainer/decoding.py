@@ -40,7 +40,7 @@ class DecodingMixin(Trainer):
         self.decoding = DecodingSettings.of(lm, self._tokenizer, **settings_of(self.args), sampling=sampling)
         if self.mask_truncated_completions and self.decoding.options.get("stop_strings"):
             raise ValueError(
-                "`mask_truncated_completions` knows no stop strings and would leave out the responses that end by one: "
+                "`mask_truncated_completions` knows no stop strings, and would leave out responses that end by one: "
                 "set it to False, or switch the stop strings off by generation_kwargs {'stop_strings': None}."
             )
         self.eos_token_ids = self.decoding.eos_token_ids

@@ -3,12 +3,8 @@
 from typing import Any
 
 from datasets import Dataset
-from transformers.utils import logging
 
-from ..devices import is_main_process
 from ..prompts import check_chat_template, check_dataset, check_prompts, positions_of
-
-logger = logging.get_logger(__name__)
 
 
 def check_work(args, train_dataset: Any = None) -> None:
@@ -77,7 +73,7 @@ class PromptCheckMixin:
         )
 
     def _check_evaluation(self, dataset) -> None:
-        """Says if responses of an evaluation would be left out or counted twice."""
+        """`ValueError` if responses of an evaluation would be left out."""
         if not isinstance(dataset, Dataset):
             return
         responses = len(dataset) * self.num_generations_eval
@@ -86,9 +82,4 @@ class PromptCheckMixin:
             raise ValueError(
                 f"`dataloader_drop_last=True` would leave {responses % batch} of the {responses} evaluation responses "
                 f"out, because a batch has {batch}: set it to False."
-            )
-        if self.args.world_size > 1 and responses % batch and is_main_process():
-            logger.warning(
-                f"{-responses % batch} of the {responses} evaluation responses count twice, because "
-                f"{self.args.world_size} processes take {batch} at once: let `per_device_eval_batch_size` divide them."
             )

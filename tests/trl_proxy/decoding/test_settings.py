@@ -411,11 +411,13 @@ def test_what_an_option_does_not_mean_is_said_once(caplog):
 
 
 @pytest.mark.fault
-def test_a_prompt_that_leaves_no_room_is_named(tiny_lm, tiny_tokenizer):
-    decoding = DecodingSettings.of(tiny_lm(), tiny_tokenizer, max_new_tokens=250)
-    assert decoding.encode(["short"])
-    with pytest.raises(ValueError, match=r"A prompt has 20 tokens; with responses of 250 .* begins with 'xxxx"):
-        decoding.encode(["short", "x" * 20])
+def test_a_prompt_that_leaves_no_room_is_refused(tiny_lm, tiny_tokenizer):
+    lm = tiny_lm()
+    policy = GreedyPolicy(lm, tiny_tokenizer, batch_size=2, max_new_tokens=250)
+    with pytest.raises(
+        ValueError, match=r"Prompt and response need 270 positions \(20 \+ 250\), the LM has 256: short"
+    ):
+        policy.complete(["x" * 20])
 
 
 def test_the_system_prompt_is_put_before_conversations_that_have_none():

@@ -286,7 +286,9 @@ def test_refused_arguments_are_one_sentence(trainer_of, kind, arguments, message
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_images_are_refused(trainer_of, column):
     rows = Dataset.from_dict({"prompt": PROMPTS, column: PROMPTS})
-    with pytest.raises(ValueError, match=f"`train_dataset` has a column `{column}`, but images are not supported"):
+    with pytest.raises(
+        ValueError, match=f"`train_dataset` has a column `{column}`, which TRL's trainers read as pictures"
+    ):
         trainer_of(dataset=rows)
     with pytest.raises(ValueError, match=f"`eval_dataset` has a column `{column}`, but images are not supported"):
         trainer_of(arguments={"eval_dataset": {"a": rows}})
