@@ -8,11 +8,13 @@ import functools
 from collections.abc import Callable
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..core.config import ProxyConfig
 from ..core.rollout import Decisions, record_candidate_decisions
 from .candidate_loop import CandidateLoop
 from .options import GatedCall, ProxyGenerateOutput
+from .prefix_cache import takes_positions
 
 
 def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
@@ -40,6 +42,21 @@ def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
         custom_generate=loop,
         **call.options,
     )
+
+
+def check_overwritable(lm) -> None:
+    """`ValueError` unless a rejected token leaves no trace when the next one is written to its place in the cache: every
+    layer keeps keys and values of all tokens, and each token is given its position."""
+    name, remedy = type(lm).__name__, "use features='prefix'"
+    cache = DynamicCache(config=lm.config.get_text_config(decoder=True)) if lm._supports_default_dynamic_cache() else None
+    kinds = {"Cache"} if cache is None else {type(layer).__name__ for layer in cache.layers}
+    if kinds != {DynamicLayer.__name__}:
+        kinds.discard(DynamicLayer.__name__)
+        raise ValueError(
+            f"Candidate features need full attention in every layer, {name} has {', '.join(sorted(kinds))}: {remedy}."
+        )
+    if not takes_positions(lm):
+        raise ValueError(f"Candidate features need to set the position of each token, {name} counts by itself: {remedy}.")
 
 
 @torch.no_grad()
@@ -83,17 +100,10 @@ def candidate_decode(
     Raises:
         `ValueError`: an LM with layers other than full attention.
     """
-    text_config = lm.config.get_text_config()
-    layers = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
-    if getattr(text_config, "sliding_window", None) and not getattr(text_config, "layer_types", None):
-        layers = {"sliding_attention"}
-    if layers:
-        raise ValueError(
-            f"Candidate features need full attention in every layer, {type(lm).__name__} has "
-            f"{', '.join(sorted(layers))}: use features='prefix'."
-        )
+    check_overwritable(lm)
     attention_mask = model_kwargs.get("attention_mask")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    text_config = lm.config.get_text_config()
     if text_config._attn_implementation not in ("sdpa", "eager"):
         if tree:
             raise ValueError(

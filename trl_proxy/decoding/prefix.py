@@ -51,7 +51,7 @@ class PrefixGate(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         positions = self.prompt_lengths + (input_ids.shape[1] - self.prompt_width)
-        state = self.states.state
+        state = self.states.read(input_ids.shape[1])
         candidates = propose_for(self.config, scores)
         # (1) Forced last candidate: `accepted_rank` takes it if all before it were rejected.
         accept = decide(self.accept_logits(state, candidates, positions), self.threshold, self.sample)
@@ -116,7 +116,7 @@ def _prefilled(lm, call: GatedCall, states: HiddenStateHook) -> Cache | None:
     if call.repeats > 1:
         cache = prefill(lm, call.input_ids, call.attention_mask, states)
         if cache is None:
-            logger.warning_once(f"{type(lm).__name__} keeps no keys and values: each sequence reads its prompt.")
+            logger.warning_once(f"{type(lm).__name__} cannot read a prompt once for several sequences: each sequence reads its prompt.")
             return None
         cache.batch_repeat_interleave(call.repeats)
         return cache
