@@ -1,12 +1,40 @@
-"""Every architecture of causal LM that transformers has, tiny and random: a gate on it decodes as the LM itself does."""
+"""Every architecture of causal LM that transformers has, tiny and random: a gate on it decodes as the LM itself does.
+
+`ARCHITECTURES=all` tests all of them, else some forty. With `ARCHITECTURES_PAGE=docs/architectures.md` what was found is
+written there: `make architectures` does both.
+"""
 
 import inspect
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+# The name of each class, and the first `model_type` that it is registered for.
+ARCHITECTURES = {name: kind for kind, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+# What no gate is tried on, and why.
+SKIPPED = {
+    "BltForCausalLM": "its patches of bytes have no tiny configuration that runs",
+    "Gemma3nForConditionalGeneration": "needs timm",
+    "Gemma4AssistantForCausalLM": "drafts for another LM, whose cache it reads",
+    "Gemma4UnifiedAssistantForCausalLM": "drafts for another LM, whose cache it reads",
+    "MusicgenForCausalLM": "writes several streams of audio tokens at once",
+    "MusicgenMelodyForCausalLM": "writes several streams of audio tokens at once",
+}
+# Tested always: the best known, and some of every kind of cache, head and body.
+USUAL = """
+Llama Mistral Ministral3 Qwen2 Qwen3 Gemma2 Gemma3 Gemma4 Phi Phi3 Olmo2 SmolLM3 Granite Glm4 Cohere2 Falcon GPTNeoX GPTJ
+Bloom Mpt OPT Mixtral Qwen2Moe Qwen3Moe Olmoe GptOss DeepseekV3 Llama4 Mamba Mamba2 Jamba Bamba FalconH1 NemotronH
+Qwen3Next GraniteMoeHybrid RecurrentGemma Zamba2 Lfm2 Bart
+""".split()
+USUAL = [f"{name}ForCausalLM" for name in USUAL] + ["GPT2LMHeadModel", "XLNetLMHeadModel", "BertLMHeadModel"]
 
 # Small values of the fields that configurations commonly have. A field that a configuration lacks is left out.
 SIZES = {
@@ -14,9 +42,12 @@ SIZES = {
     "decoder_vocab_size": 96,
     "vocab_size_per_layer_input": 96,
     "type_vocab_size": 1,
+    "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "forced_eos_token_id": None,
+    "is_decoder": True,
     "max_position_embeddings": 64,
     # Large, so that the outputs of an untrained model vary.
     "initializer_range": 0.2,
@@ -143,7 +174,6 @@ def small(config, class_name: str = "") -> dict:
     if "qk_rope_head_dim" in fields:  # latent attention: as many keys as queries
         sizes = {**sizes, "num_key_value_heads": 4}
         sizes.pop("head_dim", None)
-    sizes |= {name: value for name, value in {"is_decoder": True}.items() if settable(name)}
     # A layer of each kind
     kinds = {}
     for name in ("layer_types", "mlp_layer_types", "block_types", "indexer_types", "layers_block_type"):
@@ -166,26 +196,104 @@ def tiny(class_name: str):
     model_class = getattr(transformers, class_name)
     config_class = model_class.config_class
     torch.manual_seed(0)
-    return model_class(config_class(**small(config_class(**DEFAULTS.get(class_name, {})), class_name))).eval()
-# What the default configuration of these needs before it can be made.
-DEFAULTS: dict[str, dict] = {}
+    return model_class(config_class(**small(config_class(), class_name))).eval()
 
 
-NEW = 6  # tokens
-ACCEPT_ALL = {"max_candidates": 8, "p_t": 1e-4}
+NEW_TOKENS = 5
+PROPOSALS = {"max_candidates": 8, "p_t": 1e-5, "gate_hidden_sizes": [32]}
+KINDS: dict[str, dict] = {
+    "prefix features": {"pooled_features": False},
+    "pooled features": {"pooled_features": True},
+    "candidate features": {"features": "candidate"},
+}
 
 
-def closed_form_row(model, ids):
-    """Greedy decisions of one text `(1, n)`, without padding or a cache, read off the distribution of `forward`."""
-    for _ in range(NEW):
-        output = model(input_ids=ids, use_cache=False, output_lm_logits=True, logits_to_keep=0)
-        pi, lm_logits = output.logits[0, -1].exp(), output["lm_logits"][0, -1]
-        order = [i for i in lm_logits.argsort(descending=True).tolist() if pi[i] > 0] 
-        left = 1.0
-        for token in order:
-            if token == order[-1] or pi[token] / left >= 0.5:
+@torch.no_grad()
+def decode_by_forward(model, ids: torch.Tensor) -> list[int]:
+    """The greedy decisions for one text, read off the distribution of `forward` over the whole text at every token."""
+    response: list[int] = []
+    while len(response) < NEW_TOKENS and 2 not in response:
+        output = model(input_ids=ids, use_cache=False, output_lm_logits=True)
+        probabilities, order = output.logits[0, -1].exp(), output["lm_logits"][0, -1].argsort(descending=True)
+        *candidates, last = [token for token in order.tolist() if probabilities[token] > 0]
+        left, accepted = 1.0, last
+        for token in candidates:
+            if probabilities[token] / left >= 0.5:
+                accepted = token
                 break
-            left = left - pi[token]
-        ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
-        if token == 2: break
-    return ids
+            left = left - probabilities[token]
+        response.append(accepted)
+        ids = torch.cat([ids, ids.new_tensor([[accepted]])], dim=1)
+    return response
+
+
+@torch.no_grad()
+def check_forward(model, lm, ids: torch.Tensor) -> None:
+    """The output of an untrained gate is the LM's, with other logits of the same best tokens."""
+    plain, gated = lm(input_ids=ids), model(input_ids=ids, output_lm_logits=True)
+    assert [*gated] == [*plain, "lm_logits"]
+    assert type(gated) is type(plain)
+    assert torch.equal(gated["lm_logits"], plain.logits)
+    assert torch.equal(gated.logits.argmax(-1), plain.logits.argmax(-1))
+    torch.testing.assert_close(gated.logits.exp().sum(-1), torch.ones(ids.shape))
+    assert torch.equal(model(input_ids=ids, return_dict=False)[0], gated.logits)
+
+
+def checked(name: str, ragged_batch, with_random_gate, folder) -> dict[str, str]:
+    """What a gate on this architecture can do, after it was held against the LM itself."""
+    lm = tiny(name)
+    batch = ragged_batch([5, 9])
+    rows = [{key: value[i : i + 1, 9 - n :] for key, value in batch.items()} for i, n in enumerate([5, 9])]
+    twice = {key: value.repeat_interleave(2, dim=0) for key, value in batch.items()}
+    greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    new = {"max_new_tokens": NEW_TOKENS, "return_dict_in_generate": True}
+    plain, plain_twice = lm.generate(**batch, **greedy), lm.generate(**twice, **greedy)
+    can = {}
+    for kind, options in KINDS.items():
+        model = ProxyModelForCausalLM(lm, ProxyConfig(**PROPOSALS, **options))
+        if kind == "candidate features":
+            try:
+                model.generate(**batch, **new)
+            except ValueError as error:
+                assert "Candidate features need" in str(error)
+                assert "use features='prefix'" in str(error)
+                can[kind] = "refused: " + re.sub(f", {name}|Candidate features| has|: use .*", "", str(error))
+                continue
+        else:
+            check_forward(model, lm, rows[1]["input_ids"])
+        assert torch.equal(model.generate(**batch, **new).sequences, plain)
+        assert torch.equal(model.generate(**batch, **new, num_return_sequences=2).sequences, plain_twice)
+
+        # A gate that rejects most candidates, whose proposals stay in the order of the LM
+        model = with_random_gate(lm, model.proxy_config, bias=-3.0)
+        alone = model.generate(**rows[1], **new)
+        assert alone.decisions.rank_sum.sum() > 0
+        if kind != "candidate features" and reads_the_same(lm, rows[1], {"use_cache": True}, {"use_cache": False}):
+            assert decode_by_forward(model, rows[1]["input_ids"]) == alone.sequences[0, 9:].tolist()
+            assert torch.equal(model.generate(**rows[1], **new, use_cache=False).sequences, alone.sequences)
+        if reads_the_same(lm, rows[0], {}, {key: value[:1] for key, value in batch.items()}):
+            alone, padded = model.generate(**rows[0], **new), model.generate(**batch, **new)
+            length = int(padded.decisions.tokens[0])
+            assert torch.equal(alone.sequences[0, 5:], padded.sequences[0, 9 : 9 + length])
+        model.save_pretrained(folder)
+        loaded = ProxyModelForCausalLM.from_pretrained(lm, folder)
+        assert torch.equal(loaded.generate(**rows[1], **new).sequences, model.generate(**rows[1], **new).sequences)
+        can[kind] = "yes"
+    return can
+
+
+def reads_the_same(lm, row, one: dict, other: dict) -> bool:
+    """Whether the LM itself, without a gate, decodes a text in the same way with other options. Some do not."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    logits = [torch.stack(lm.generate(**{**row, **options, **x}).logits) for x in (one, other)]
+    return logits[0].shape == logits[1].shape and torch.allclose(*logits, atol=1e-3)
+
+
+RECORDS: dict[str, dict[str, str]] = {}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES if os.environ.get("ARCHITECTURES") == "all" else USUAL))
+def test_architecture(name, ragged_batch, with_random_gate, tmp_path):
+    if name in SKIPPED:
+        pytest.skip(SKIPPED[name])
+    RECORDS[name] = checked(name, ragged_batch, with_random_gate, tmp_path)
