@@ -1,7 +1,7 @@
 """Every architecture of causal LM that transformers has, tiny and random: a gate on it decodes as the LM itself does.
 
-`ARCHITECTURES=all` tests all of them, else some forty. With `ARCHITECTURES_PAGE=docs/architectures.md` what was found is
-written there: `make architectures` does both.
+`ARCHITECTURES=all` tests all of them, else some forty. With `ARCHITECTURES_PAGE=docs/architectures.md` what was found
+is written there: `make architectures` does both.
 """
 
 import inspect
@@ -29,11 +29,13 @@ SKIPPED = {
     "MusicgenMelodyForCausalLM": "writes several streams of audio tokens at once",
 }
 # Tested always: the best known, and some of every kind of cache, head and body.
-USUAL = """
-Llama Mistral Ministral3 Qwen2 Qwen3 Gemma2 Gemma3 Gemma4 Phi Phi3 Olmo2 SmolLM3 Granite Glm4 Cohere2 Falcon GPTNeoX GPTJ
-Bloom Mpt OPT Mixtral Qwen2Moe Qwen3Moe Olmoe GptOss DeepseekV3 Llama4 Mamba Mamba2 Jamba Bamba FalconH1 NemotronH
-Qwen3Next GraniteMoeHybrid RecurrentGemma Zamba2 Lfm2 Bart
-""".split()
+USUAL = [
+    *["Llama", "Mistral", "Ministral3", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Gemma4", "Phi", "Phi3", "Olmo2"],
+    *["SmolLM3", "Granite", "Glm4", "Cohere2", "Falcon", "GPTNeoX", "GPTJ", "Bloom", "Mpt", "OPT", "Bart"],
+    *["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "DeepseekV3", "Llama4"],
+    *["Mamba", "Mamba2", "Jamba", "Bamba", "FalconH1", "NemotronH", "Qwen3Next", "GraniteMoeHybrid"],
+    *["RecurrentGemma", "Zamba2", "Lfm2"],
+]
 USUAL = [f"{name}ForCausalLM" for name in USUAL] + ["GPT2LMHeadModel", "XLNetLMHeadModel", "BertLMHeadModel"]
 
 # Small values of the fields that configurations commonly have. A field that a configuration lacks is left out.
@@ -102,7 +104,10 @@ SIZES = {
 # What single architectures need besides.
 HYBRID = ["linear_attention", "full_attention"]
 OVERRIDES: dict[str, dict] = {
-    "DbrxForCausalLM": {"ffn_config": {"moe_top_k": 2, "ffn_hidden_size": 32}, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "DbrxForCausalLM": {
+        "ffn_config": {"moe_top_k": 2, "ffn_hidden_size": 32},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    },
     "FalconH1ForCausalLM": {"mamba_d_ssm": 128},
     "CohereCompassForCausalLM": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
@@ -250,16 +255,14 @@ def checked(name: str, ragged_batch, with_random_gate, folder) -> dict[str, str]
     plain, plain_twice = lm.generate(**batch, **greedy), lm.generate(**twice, **greedy)
     can = {}
     for kind, options in KINDS.items():
-        model = ProxyModelForCausalLM(lm, ProxyConfig(**PROPOSALS, **options))
-        if kind == "candidate features":
-            try:
-                model.generate(**batch, **new)
-            except ValueError as error:
-                assert "Candidate features need" in str(error)
-                assert "use features='prefix'" in str(error)
-                can[kind] = "refused: " + re.sub(f", {name}|Candidate features| has|: use .*", "", str(error))
-                continue
-        else:
+        try:
+            model = ProxyModelForCausalLM(lm, ProxyConfig(**PROPOSALS, **options))
+        except ValueError as error:
+            refusal = str(error)
+            need = re.fullmatch(rf"Candidate features (need .*), {name}( .*): use features='prefix'\.", refusal)
+            can[kind] = f"refused: {need[1]}, it{need[2]}"
+            continue
+        if kind != "candidate features":
             check_forward(model, lm, rows[1]["input_ids"])
         assert torch.equal(model.generate(**batch, **new).sequences, plain)
         assert torch.equal(model.generate(**batch, **new, num_return_sequences=2).sequences, plain_twice)
@@ -284,16 +287,50 @@ def checked(name: str, ragged_batch, with_random_gate, folder) -> dict[str, str]
 
 def reads_the_same(lm, row, one: dict, other: dict) -> bool:
     """Whether the LM itself, without a gate, decodes a text in the same way with other options. Some do not."""
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     logits = [torch.stack(lm.generate(**{**row, **options, **x}).logits) for x in (one, other)]
     return logits[0].shape == logits[1].shape and torch.allclose(*logits, atol=1e-3)
 
 
-RECORDS: dict[str, dict[str, str]] = {}
+COLUMNS = ["prefix features", "pooled features", "several sequences", "candidate features"]
+
+
+@pytest.fixture(scope="module")
+def records():
+    """What each architecture can do, by name; at the end it is written into the page, if there is to be one."""
+    records: dict[str, dict[str, str]] = {}
+    yield records
+    if page := os.environ.get("ARCHITECTURES_PAGE"):
+        before, _, rest = Path(page).read_text(encoding="utf-8").partition("<!-- table: architectures -->\n")
+        lines = [f"| `model_type` | class | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
+        for name in sorted(ARCHITECTURES):
+            cells = [records.get(name, {}).get(column, "") for column in COLUMNS]
+            if name in SKIPPED:
+                cells = [f"not tried: {SKIPPED[name]}", *[""] * (len(COLUMNS) - 1)]
+            lines.append(f"| {ARCHITECTURES[name]} | {name} | {' | '.join(cells)} |")
+        _, end, after = rest.partition("\n<!-- end -->")
+        table = "\n".join(["<!-- table: architectures -->", "", *lines, ""])
+        Path(page).write_text(f"{before}{table}{end}{after}", encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES if os.environ.get("ARCHITECTURES") == "all" else USUAL))
-def test_architecture(name, ragged_batch, with_random_gate, tmp_path):
+def test_architecture(name, records, ragged_batch, with_random_gate, tmp_path):
     if name in SKIPPED:
         pytest.skip(SKIPPED[name])
-    RECORDS[name] = checked(name, ragged_batch, with_random_gate, tmp_path)
+    records[name] = {**checked(name, ragged_batch, with_random_gate, tmp_path), "several sequences": "yes"}
+    if not os.environ.get("ARCHITECTURES_PAGE"):
+        cells = [records[name][column] for column in COLUMNS]
+        assert f"| {ARCHITECTURES[name]} | {name} | {' | '.join(cells)} |" in PAGE.read_text(encoding="utf-8"), (
+            "run `make architectures`"
+        )
+
+
+def test_page():
+    """The page has a row for every architecture that the installed transformers has, and no other."""
+    assert re.findall(r"^\| \S+ \| (\w+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE) == sorted(ARCHITECTURES)
+    assert set(SKIPPED) | set(USUAL) | set(OVERRIDES) <= set(ARCHITECTURES)

@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..core.config import ProxyConfig
 from ..core.rollout import Decisions, record_candidate_decisions
 from .candidate_loop import CandidateLoop
+from .hidden_states import without_peft
 from .options import GatedCall, ProxyGenerateOutput
-from .prefix_cache import takes_positions
+from .prefix_cache import has_usual_positions, takes_positions
 
 
 def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
@@ -45,18 +46,30 @@ def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
 
 
 def check_overwritable(lm) -> None:
-    """`ValueError` unless a rejected token leaves no trace when the next one is written to its place in the cache: every
-    layer keeps keys and values of all tokens, and each token is given its position."""
-    name, remedy = type(lm).__name__, "use features='prefix'"
-    cache = DynamicCache(config=lm.config.get_text_config(decoder=True)) if lm._supports_default_dynamic_cache() else None
-    kinds = {"Cache"} if cache is None else {type(layer).__name__ for layer in cache.layers}
-    if kinds != {DynamicLayer.__name__}:
-        kinds.discard(DynamicLayer.__name__)
+    """`ValueError` unless a rejected token leaves no trace when another is written to its place in the cache. Every
+    layer must keep the keys and values of all tokens, and each token be given its position."""
+    name, remedy = type(without_peft(lm)).__name__, "use features='prefix'"
+    kinds = {"a cache of its own"}
+    if lm._supports_default_dynamic_cache():
+        cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
+        kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+    if kinds:
         raise ValueError(
             f"Candidate features need full attention in every layer, {name} has {', '.join(sorted(kinds))}: {remedy}."
         )
-    if not takes_positions(lm):
-        raise ValueError(f"Candidate features need to set the position of each token, {name} counts by itself: {remedy}.")
+    if not takes_positions(lm) and not (has_usual_positions(lm) and _reads_alike_after_padding(lm)):
+        raise ValueError(
+            f"Candidate features need to give each token its position, {name} counts by itself: {remedy}."
+        )
+
+
+@torch.no_grad()
+def _reads_alike_after_padding(lm) -> bool:
+    """Whether an LM that is not told positions finds them in the attention mask, or needs none."""
+    ids = torch.tensor([[3, 4, 5]], device=lm.device)
+    padded = torch.nn.functional.pad(ids, (8, 0))
+    alone, after = (lm(input_ids=x, attention_mask=(x > 0).long()).logits[0, -1].float() for x in (ids, padded))
+    return bool((alone - after).abs().max() < 0.05 * (alone.max() - alone.min()))
 
 
 @torch.no_grad()
@@ -98,9 +111,8 @@ def candidate_decode(
         [`ProxyGenerateOutput`]; `sequences` is `(batch, prompt length + longest response)`, padded on the right.
 
     Raises:
-        `ValueError`: an LM with layers other than full attention.
+        `ValueError`: a tree where the attention does not take its mask.
     """
-    check_overwritable(lm)
     attention_mask = model_kwargs.get("attention_mask")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     text_config = lm.config.get_text_config()

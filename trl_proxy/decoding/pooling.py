@@ -6,7 +6,7 @@ features keeps the sums of the accepted tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,8 +74,8 @@ class PooledStateHook(HiddenStateHook):
         self.unread.clear()
         if self.length != width:
             raise ValueError(
-                f"Pooled features must see the whole text: the LM has read {self.length} of {width} tokens. Load a proxy "
-                "with `pooled_features=False`, or leave out the option that makes the LM skip tokens."
+                f"Pooled features must see the whole text: the LM has read {self.length} of {width} tokens. Leave out "
+                "the option that makes it skip some, or load a proxy with `pooled_features=False`."
             )
         return with_mean(self.state, self.total, self.count)
 

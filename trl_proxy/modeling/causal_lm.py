@@ -147,9 +147,9 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
             output_lm_logits: keep the LM's own logits too, as `lm_logits`.
 
         Returns:
-            The LM's output, of the LM's own class, with `logits` `(batch, positions, vocab)` replaced by the log-probabilities of the closed
-            form (`gate.gated_log_probs`): -inf for every token that is not a candidate. Inside [`disable_proxy`] it
-            is the LM's own output.
+            The LM's output, of the LM's own class, with `logits` `(batch, positions, vocab)` replaced by the
+            log-probabilities of the closed form (`gate.gated_log_probs`): -inf for every token that is no candidate.
+            With `return_dict=False` it is a tuple. Inside [`disable_proxy`] it is the LM's own output.
         """
         if gate_features is not None:
             return ProxyOutput(accept_logits=self.gate(gate_features), state_values=self.critic(gate_features))
@@ -178,7 +178,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             seen = attention_mask[:, -length:]
         if position_ids is None or position_ids.dim() != 2:
-            if seen is not None:
+            if attention_mask is not None and seen is not None:
                 position_ids = (attention_mask.cumsum(-1) - 1)[:, -length:]
             else:
                 position_ids = torch.arange(past, past + length, device=hidden.device)[None]

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.config import WEIGHTS_NAME, ProxyConfig, proxy_file
 from ..core.gate import ProxyMLP
+from ..decoding.candidate import check_overwritable
 from ..decoding.hidden_states import embedding_size_of, reader_of, state_size_of, without_peft
 from .fingerprint import lm_sha256
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy
@@ -55,7 +57,7 @@ class ModelWithProxies(PreTrainedModel):
         return experts_implementation
 
     def _new_proxy(self, config: ProxyConfig) -> Proxy:
-        sizes = {
+        sizes: dict[str, Any] = {
             "hidden_size": state_size_of(self.lm),
             "embedding_size": embedding_size_of(self.lm),
         }
@@ -65,6 +67,8 @@ class ModelWithProxies(PreTrainedModel):
                     f"The proxy was made for an LM with {key}={getattr(config, key)}, this one has {size}: "
                     "load it with the LM that it was trained on."
                 )
+        if config.features == "candidate":
+            check_overwritable(self.lm)
         readers = [reader_of(self.lm, layer) for layer in config.feature_layers]
         if len(set(readers)) < len(readers):
             raise ValueError(f"`feature_layers` {config.feature_layers} names a layer twice: leave one of them out.")

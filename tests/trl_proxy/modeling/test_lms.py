@@ -1,4 +1,4 @@
-"""LMs that are wrapped, cast, resized or of unusual kinds; tests/trl_proxy/test_architectures.py has the plain ones."""
+"""LMs that are wrapped, cast, resized or of unusual kinds; test_architectures.py has the plain ones."""
 
 import peft
 import pytest
@@ -26,7 +26,9 @@ from trl_proxy.decoding.hidden_states import HiddenStateHook, record_body
 ALL = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 ADAPTERS = {
     "LoRA": peft.LoraConfig(**ALL, init_lora_weights=False),
-    "LoRA of every layer": peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False),
+    "LoRA of every layer": peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False
+    ),
     "LoRA of embeddings": peft.LoraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj", "embed_tokens"], init_lora_weights=False
     ),
