@@ -11,7 +11,7 @@ OUT = outputs/demo
 PROMPTS = 64
 TRAIN =
 
-.PHONY: install demo results results-harmless results-long compare compare-quick report tables tune sweeps test lint docs audit clean
+.PHONY: install demo results results-harmless results-long compare compare-quick report tables architectures tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -77,6 +77,11 @@ SWEEPS := p_t temperature
 SWEPT := $(foreach key,$(SWEEPS),$(if $(wildcard outputs/sweep_$(key)/sweep.md),$(key)=outputs/sweep_$(key)))
 report: $(INSTALLED)
 	$(BIN)/python scripts/report.py outputs/compare $(if $(strip $(SWEPT)),--sweeps $(SWEPT))
+
+# Tests a gate on every architecture of transformers, some minutes, and writes docs/architectures.md anew.
+architectures: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 ARCHITECTURES=all ARCHITECTURES_PAGE=docs/architectures.md \
+		$(BIN)/python -m pytest -q tests/trl_proxy/test_architectures.py --deselect tests/trl_proxy/test_architectures.py::test_page
 
 # The tables of the documentation, from docs/results/records.jsonl and the code, written into its pages.
 tables: $(INSTALLED)

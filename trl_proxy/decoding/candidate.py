@@ -8,11 +8,14 @@ import functools
 from collections.abc import Callable
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..core.config import ProxyConfig
 from ..core.rollout import Decisions, record_candidate_decisions
 from .candidate_loop import CandidateLoop
+from .hidden_states import parameters_of, without_peft
 from .options import GatedCall, ProxyGenerateOutput
+from .prefix_cache import has_usual_positions, takes_positions
 
 
 def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
@@ -40,6 +43,38 @@ def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
         custom_generate=loop,
         **call.options,
     )
+
+
+@torch.no_grad()
+def check_overwritable(lm) -> None:
+    """`ValueError` unless a rejected token leaves no trace when another is written to its place in the cache. Every
+    layer must keep the keys and values of all tokens, and each token be given its position. A few tokens are read."""
+    name, remedy = type(without_peft(lm)).__name__, "use features='prefix'"
+    ids = torch.tensor([[3, 4, 5]], device=lm.device)
+    kinds = {"a cache of its own"}
+    if "past_key_values" in parameters_of(lm) and lm._supports_default_dynamic_cache():
+        cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
+        kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+        if not kinds:
+            lm(input_ids=ids, past_key_values=cache, use_cache=True)
+            if {layer.get_seq_length() for layer in cache.layers} != {
+                ids.shape[1]
+            }:  # ignored, or more tokens than ours
+                kinds = {"a cache of its own"}
+    if kinds:
+        raise ValueError(
+            f"Candidate features need full attention in every layer, {name} has {', '.join(sorted(kinds))}: {remedy}."
+        )
+    if takes_positions(lm):
+        return
+    # An LM that is not told positions may find them in the attention mask, or need none.
+    padded = torch.nn.functional.pad(ids, (8, 0))
+    alone, after = (lm(input_ids=x, attention_mask=(x > 0).long()).logits[0, -1].float() for x in (ids, padded))
+    reads_alike = (alone - after).abs().max() < 0.05 * (alone.max() - alone.min())
+    if not (has_usual_positions(lm) and reads_alike):
+        raise ValueError(
+            f"Candidate features need to give each token its position, {name} counts by itself: {remedy}."
+        )
 
 
 @torch.no_grad()
@@ -81,19 +116,11 @@ def candidate_decode(
         [`ProxyGenerateOutput`]; `sequences` is `(batch, prompt length + longest response)`, padded on the right.
 
     Raises:
-        `ValueError`: an LM with layers other than full attention.
+        `ValueError`: a tree where the attention does not take its mask.
     """
-    text_config = lm.config.get_text_config()
-    layers = set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}
-    if getattr(text_config, "sliding_window", None) and not getattr(text_config, "layer_types", None):
-        layers = {"sliding_attention"}
-    if layers:
-        raise ValueError(
-            f"Candidate features need full attention in every layer, {type(lm).__name__} has "
-            f"{', '.join(sorted(layers))}: use features='prefix'."
-        )
     attention_mask = model_kwargs.get("attention_mask")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    text_config = lm.config.get_text_config()
     if text_config._attn_implementation not in ("sdpa", "eager"):
         if tree:
             raise ValueError(

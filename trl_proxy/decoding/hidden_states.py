@@ -2,12 +2,14 @@
 section 3). The LM is not changed, and nothing is computed twice."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def without_peft(lm: nn.Module) -> nn.Module:
@@ -15,33 +17,82 @@ def without_peft(lm: nn.Module) -> nn.Module:
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
-def body_of(lm: nn.Module) -> nn.Module:
-    """The LM without its head and without PEFT's wrapper."""
-    return without_peft(lm).base_model
+def parameters_of(lm: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the LM's forward."""
+    return frozenset(inspect.signature(without_peft(lm).forward).parameters)
+
+
+def bodies_of(lm: nn.Module) -> list[PreTrainedModel]:
+    """The models inside an LM that may return its last hidden state, without PEFT's wrapper. Most LMs have one. Some
+    have several inside each other, of which some are never called, as the decoder of OPT or the text model of an LM
+    for images. The last one that returns before the head gives the state that the head reads."""
+    bodies = []
+    inside = [without_peft(lm)]
+    while inside:
+        for module in inside.pop().children():
+            if isinstance(module, PreTrainedModel):
+                bodies.append(module)
+            if not isinstance(module, nn.ModuleList):  # not into the layers
+                inside.append(module)
+    return bodies
 
 
 @contextmanager
 def record_body(lm: nn.Module):
     """A list that gets the last hidden states `(batch, length, hidden_size)` of every forward of the LM's body."""
-    body: list[torch.Tensor] = []
-    hook = body_of(lm).register_forward_hook(lambda _m, _a, output: body.append(output.last_hidden_state))
+    states: list[torch.Tensor] = []
+    bodies = bodies_of(lm)
+    inside = {body: bodies_of(body) for body in bodies}
+    last: list[nn.Module] = []
+
+    def record(body, _args, output):
+        if last and last[0] in inside[body]:  # part of the same forward
+            states.pop()
+        last[:] = [body]
+        states.append(output[0])
+
+    hooks = [body.register_forward_hook(record) for body in bodies]
     try:
-        yield body
+        yield states
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def state_size_of(lm: PreTrainedModel) -> int:
+    """Size of the LM's last hidden state. It is the configuration's, unless the head reads another size, as that of
+    OPT-350m does. Then one token is read to see it."""
+    size = lm.config.get_text_config().hidden_size
+    if getattr(lm.get_output_embeddings(), "in_features", None) == size:
+        return size
+    with torch.no_grad(), HiddenStateHook(lm) as states:
+        lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=lm.device))
+    return states.hidden.shape[-1]
+
+
+def embedding_size_of(lm: PreTrainedModel) -> int:
+    """Size of the LM's input embeddings, which an adapter or a quantisation may have wrapped."""
+    embed = lm.get_input_embeddings()
+    sizes = (module.embedding_dim for module in embed.modules() if isinstance(module, nn.Embedding))
+    if (size := next(sizes, None)) is not None:
+        return size
+    return embed(torch.zeros(1, dtype=torch.long, device=lm.device)).shape[-1]
 
 
 def reader_of(lm: nn.Module, layer: int) -> nn.Module | None:
     """The LM's layer that reads a hidden state, counted as in transformers' `hidden_states`; None for the last state,
     which the head reads. `ValueError` if there is no such layer."""
+    if layer == -1:
+        return None
     count = lm.config.get_text_config().num_hidden_layers
     if not -count - 1 <= layer <= count:
         raise ValueError(
             f"`feature_layers` has {layer}, {type(lm).__name__} has {count} layers: take -{count + 1} to {count}."
         )
-    if layer in (-1, count):
+    if layer == count:
         return None
-    layers = next((m for m in body_of(lm).modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    modules = (module for body in bodies_of(lm) for module in body.modules())
+    layers = next((m for m in modules if isinstance(m, nn.ModuleList) and len(m) == count), None)
     if layers is None:
         raise ValueError(f"{type(lm).__name__} has no list of layers: leave `feature_layers` at [-1].")
     return layers[layer % (count + 1)]
@@ -71,7 +122,7 @@ class HiddenStateHook:
         for layer, reader in self.readers.items():
             if reader is None:
                 see = functools.partial(self._see_last, layer)
-                self.hooks.append(body_of(self.lm).register_forward_hook(see))
+                self.hooks += [body.register_forward_hook(see) for body in bodies_of(self.lm)]
             else:
                 see = functools.partial(self._see, layer)
                 self.hooks.append(reader.register_forward_pre_hook(see, with_kwargs=True))
@@ -93,6 +144,10 @@ class HiddenStateHook:
         """What the gate reads of the last position, `(batch, state_size)` in the LM's dtype."""
         return self._side_by_side(-1)
 
+    def read(self, width: int) -> torch.Tensor:
+        """The [`state`] for the next token of texts of this width, which have been read since the last call."""
+        return self.state
+
     def expect_shared_prefix(self, length: int, width: int) -> None:
         """Announces that the next forward reads the `length` tokens that all texts begin with. The forwards after it
         start at slot `width` of the batch."""
@@ -105,7 +160,7 @@ class HiddenStateHook:
         self.seen[layer] = args[0] if args else kwargs["hidden_states"]
 
     def _see_last(self, layer: int, _module, _args, output) -> None:
-        self.seen[layer] = output.last_hidden_state
+        self.seen[layer] = output[0]  # `last_hidden_state`, the first field of every class of output
 
     def _to_head(self, _module, args):
         hidden = args[0] if self.select is None else self.select(args[0])

@@ -6,13 +6,13 @@ features keeps the sums of the accepted tokens.
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .hidden_states import HiddenStateHook, body_of
+from .hidden_states import HiddenStateHook
 from .prefix_cache import PreallocatedLayer
 
 
@@ -49,20 +49,37 @@ class PooledStateHook(HiddenStateHook):
 
     def __init__(self, lm: nn.Module, layers: Sequence[int], attention_mask: torch.Tensor):
         super().__init__(lm, layers)
-        self.mask, self.length = attention_mask, 0
-        self.total = self.count = torch.zeros(1, 1, device=attention_mask.device)
+        self.prompt_mask = attention_mask
+        self.unread: list[torch.Tensor] = []  # the states of each forward since the last `read`
         self.shared: tuple[int, int] | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self.mask, self.length = self.prompt_mask, 0
+        self.total = self.count = torch.zeros(1, 1, device=self.mask.device)
 
     def expect_shared_prefix(self, length: int, width: int) -> None:
         self.shared = length, width
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self.hooks.append(body_of(self.lm).register_forward_hook(self._pool))
-        return self
+    def _to_head(self, module, args):
+        self.unread.append(self.hidden)
+        return super()._to_head(module, args)
 
-    def _pool(self, _module, _args, _output) -> None:
-        hidden = self.hidden
+    def read(self, width: int) -> torch.Tensor:
+        # Without a cache the LM reads the whole text again at every token.
+        if len(self.unread) == 1 and self.unread[0].shape[1] == width:
+            self._restart()
+        for hidden in self.unread:
+            self._pool(hidden)
+        self.unread.clear()
+        if self.length != width:
+            raise ValueError(
+                f"Pooled features must see the whole text: the LM has read {self.length} of {width} tokens. Leave out "
+                "the option that makes it skip some, or load a proxy with `pooled_features=False`."
+            )
+        return with_mean(self.state, self.total, self.count)
+
+    def _pool(self, hidden: torch.Tensor) -> None:
         if self.shared is not None:
             mask = torch.ones(hidden.shape[:2], device=hidden.device)
             length, self.length = self.shared
@@ -77,10 +94,6 @@ class PooledStateHook(HiddenStateHook):
         before = [x.repeat_interleave(repeats, dim=0) for x in (self.total, self.count)]
         self.total, self.count = (x[:, -1] for x in running_sums(hidden, mask, (before[0], before[1])))
 
-    @property
-    def state(self) -> torch.Tensor:
-        return with_mean(super().state, self.total, self.count)
-
 
 class PooledSumsLayer(PreallocatedLayer):
     """An extra layer of the LM's cache: sums of hidden states up to each token as keys, and their counts as values. So
@@ -92,7 +105,7 @@ class PooledSumsLayer(PreallocatedLayer):
 
 
 def cached_sums(
-    cache: Cache | None, past: int, feature_layers: list[int], hidden: torch.Tensor, mask: torch.Tensor
+    cache: Any, past: int, feature_layers: list[int], hidden: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[`running_sums`] that continue the sums in the LM's cache, and are kept there.
 
@@ -104,15 +117,24 @@ def cached_sums(
     Raises:
         `ValueError`: the cache holds tokens whose states were not seen.
     """
-    if cache is None:
-        return running_sums(hidden, mask)
-    mine = (x for x in cache.layers if isinstance(x, PooledSumsLayer) and x.feature_layers == feature_layers)
+    layers = getattr(cache, "layers", [])
+    mine = (x for x in layers if isinstance(x, PooledSumsLayer) and x.feature_layers == feature_layers)
     layer = next(mine, None) or PooledSumsLayer(feature_layers)
     if layer.get_seq_length() != past:
         raise ValueError("Pooled features must see the whole text: this cache was filled elsewhere.")
     before = (layer.keys[:, 0, -1], layer.values[:, 0, -1]) if past else None
     total, count = running_sums(hidden, mask, before)
-    if layer not in cache.layers:
-        cache.layers.append(layer)
-    layer.update(total[:, None], count[:, None])
+    if isinstance(cache, Cache):
+        if layer not in layers:
+            layers.append(layer)
+        layer.update(total[:, None], count[:, None])
     return total, count
+
+
+def length_of(cache: Any, text: torch.Tensor, attention_mask: torch.Tensor | None) -> int:
+    """How many tokens a cache of the LM holds before it reads `text` `(batch, length, ...)`."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in getattr(cache, "layers", [])):
+        return int(cache.get_seq_length())
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return attention_mask.shape[1] - text.shape[1]
+    return 0

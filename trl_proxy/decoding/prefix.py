@@ -13,7 +13,7 @@ from ..core.config import ProxyConfig
 from ..core.features import accept_logits
 from ..core.gate import accepted_rank, decide
 from ..core.rollout import PrefixStep, record_prefix_steps
-from .hidden_states import HiddenStateHook
+from .hidden_states import HiddenStateHook, without_peft
 from .options import GatedCall, ProxyGenerateOutput
 from .pooling import PooledStateHook
 from .prefix_cache import growing_cache, prefill, prefill_shared_prefix
@@ -52,7 +52,7 @@ class PrefixGate(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         positions = self.prompt_lengths + (input_ids.shape[1] - self.prompt_width)
-        state = self.states.state
+        state = self.states.read(input_ids.shape[1])
         candidates = propose_for(self.config, scores)
         # (1) Forced last candidate: `accepted_rank` takes it if all before it were rejected.
         accept = decide(self.accept_logits(state, candidates, positions), self.threshold, self.sample)
@@ -101,7 +101,8 @@ def _prefilled(lm, call: GatedCall, states: HiddenStateHook) -> Cache | None:
     if call.repeats > 1:
         cache = prefill(lm, call.input_ids, call.attention_mask, states)
         if cache is None:
-            logger.warning_once(f"{type(lm).__name__} keeps no keys and values: each sequence reads its prompt.")
+            name = type(without_peft(lm)).__name__
+            logger.warning_once(f"{name} cannot continue a text that was read before: each sequence reads its prompt.")
             return None
         cache.batch_repeat_interleave(call.repeats)
         return cache

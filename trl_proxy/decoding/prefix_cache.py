@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .hidden_states import HiddenStateHook
+from .hidden_states import HiddenStateHook, parameters_of, without_peft
 
 # Read a shared prompt prefix once only if that saves at least this many tokens: the extra forward is not free.
 SHARED_TOKENS = 64
@@ -49,11 +50,25 @@ class PreallocatedLayer(DynamicLayer):
 def growing_cache(lm: nn.Module) -> DynamicCache | None:
     """An empty cache as `generate` makes it, except that layers with full attention grow in place. None for an LM that
     keeps something other than keys and values, as state-space models do."""
-    cache = DynamicCache(config=lm.config) if lm._supports_default_dynamic_cache() else None
-    if cache is None or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+    if "past_key_values" not in parameters_of(lm) or not lm._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def has_usual_positions(lm: nn.Module) -> bool:
+    """Whether a position is one number, counted as `generate` counts it; LMs for images may have others."""
+    counted = without_peft(lm)._prepare_position_ids_for_generation.__func__
+    return counted is GenerationMixin._prepare_position_ids_for_generation
+
+
+def takes_positions(lm: nn.Module) -> bool:
+    """Whether the LM takes the position of each token, and reads a text in parts as it reads the whole. Some LMs count
+    for themselves, and some for images let the tokens of a prompt see each other."""
+    return has_usual_positions(lm) and not without_peft(lm).config.sub_configs and "position_ids" in parameters_of(lm)
 
 
 def shared_prefix_length(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:
@@ -80,6 +95,8 @@ def prefill_shared_prefix(
     cache = growing_cache(lm)
     if cache is None or not all(isinstance(layer, PreallocatedLayer) for layer in cache.layers):
         return cache
+    if not takes_positions(lm):
+        return cache
     length = shared_prefix_length(input_ids, attention_mask)
     if length == 0:
         return cache
@@ -99,11 +116,14 @@ def prefill(
     lm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, tap: HiddenStateHook | None = None
 ) -> DynamicCache | None:
     """The [`growing_cache`] of prompts `(batch, length)` without their last token. `generate` can continue from it any
-    number of times. Each prompt is read once, and so is a shared prefix."""
+    number of times. Each prompt is read once, and so is a shared prefix. None if the LM does not allow it."""
+    if not takes_positions(lm):
+        return None
     cache = prefill_shared_prefix(lm, input_ids, attention_mask, tap)
     if cache is not None and cache.get_seq_length() < input_ids.shape[1] - 1:
         _read(lm, cache, input_ids[:, cache.get_seq_length() : -1], attention_mask[:, :-1])
-    return cache
+    # An LM may ignore its cache, as encoders do.
+    return cache if cache is not None and cache.get_seq_length() == input_ids.shape[1] - 1 else None
 
 
 def _read(lm: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
@@ -115,5 +135,5 @@ def _read(lm: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, attention
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **({"logits_to_keep": 1} if "logits_to_keep" in parameters_of(lm) else {}),
         )

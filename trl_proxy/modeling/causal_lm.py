@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 
 from ..core.candidates import propose_for
 from ..core.config import WEIGHTS_NAME, ProxyConfig, proxy_file
@@ -18,9 +18,9 @@ from ..core.features import accept_logits, prefix_features
 from ..core.gate import gated_log_probs
 from ..core.rollout import Rollout
 from ..decoding.generate import gated_generate
-from ..decoding.hidden_states import HiddenStateHook
-from ..decoding.pooling import cached_sums, with_mean
-from .outputs import GatedCausalLMOutput, ProxyOutput
+from ..decoding.hidden_states import HiddenStateHook, without_peft
+from ..decoding.pooling import cached_sums, length_of, with_mean
+from .outputs import ProxyOutput
 from .saving import check_trained_over, push_proxy, save_proxy
 from .with_proxies import ModelWithProxies
 
@@ -45,6 +45,15 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
     base_model_prefix = ""
     supports_gradient_checkpointing = False
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, lm: PreTrainedModel, proxy_config: ProxyConfig | None = None):
+        super().__init__(lm, proxy_config)
+        # How inputs and the cache are prepared depends on the LM's class, in transformers even on its name.
+        base = without_peft(lm)
+        for name in vars(GenerationMixin):
+            if name.startswith(("_prepare_", "_update_", "_expand_", "_supports_", "_reorder_")):
+                setattr(self, name, getattr(base, name))
+        self._is_stateful = base._is_stateful
 
     # What tools expect of a model
 
@@ -128,7 +137,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         gate_features: torch.Tensor | None = None,
         output_lm_logits: bool = False,
         **kwargs,
-    ) -> GatedCausalLMOutput | CausalLMOutputWithPast | ProxyOutput:
+    ) -> ModelOutput | tuple:
         """Gated next-token logits, or the gate's output for cached features.
 
         Args:
@@ -138,9 +147,9 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
             output_lm_logits: keep the LM's own logits too, as `lm_logits`.
 
         Returns:
-            The LM's output with `logits` `(batch, positions, vocab)` replaced by the log-probabilities of the closed
-            form (`gate.gated_log_probs`): -inf for every token that is not a candidate. Inside [`disable_proxy`] it
-            is the LM's own output.
+            The LM's output, of the LM's own class, with `logits` `(batch, positions, vocab)` replaced by the
+            log-probabilities of the closed form (`gate.gated_log_probs`): -inf for every token that is no candidate.
+            With `return_dict=False` it is a tuple. Inside [`disable_proxy`] it is the LM's own output.
         """
         if gate_features is not None:
             return ProxyOutput(accept_logits=self.gate(gate_features), state_values=self.critic(gate_features))
@@ -158,39 +167,42 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
                 "A proxy with features='candidate' has no next-token distribution in closed form: use `generate`, or "
                 "train one with features='prefix'."
             )
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        text = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        cache = past_key_values if past_key_values is not None else kwargs.get("cache_params")
+        past = length_of(cache, text, attention_mask)
+        in_tuple = inputs.pop("return_dict", None) is False
         with HiddenStateHook(self.lm, self.proxy_config.feature_layers) as tap:
-            output = self.lm(**inputs)
-        length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
-        if position_ids is None:
-            if attention_mask is not None and attention_mask.dim() == 2:
+            output = self.lm(**{name: value for name, value in inputs.items() if value is not None}, return_dict=True)
+        hidden = tap.hidden
+        length, seen = hidden.shape[1], None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            seen = attention_mask[:, -length:]
+        if position_ids is None or position_ids.dim() != 2:
+            if attention_mask is not None and seen is not None:
                 position_ids = (attention_mask.cumsum(-1) - 1)[:, -length:]
             else:
-                position_ids = torch.arange(past, past + length, device=output.logits.device)[None]
+                position_ids = torch.arange(past, past + length, device=hidden.device)[None]
+        if self.proxy_config.pooled_features:
+            cache = cache if cache is not None else output.get("past_key_values", output.get("cache_params"))
+            mask = torch.ones(hidden.shape[:2], device=hidden.device) if seen is None else seen
+            hidden = with_mean(hidden, *cached_sums(cache, past, self.proxy_config.feature_layers, hidden, mask))
         keep = kwargs.get("logits_to_keep", 0)
         keep = slice(-keep, None) if isinstance(keep, int) else keep  # as transformers slices the hidden states
-        positions = (position_ids[:, keep] + 1).expand(output.logits.shape[:2]).flatten()
+        hidden, positions = hidden[:, keep], (position_ids[:, keep] + 1).expand(output.logits.shape[:2])
         candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
-        hidden = tap.hidden
-        if self.proxy_config.pooled_features:
-            mask = torch.ones(hidden.shape[:2], device=hidden.device)
-            if attention_mask is not None and attention_mask.dim() == 2:
-                mask = attention_mask[:, -length:].to(mask)
-            cache = output.get("past_key_values") if past_key_values is None else past_key_values
-            hidden = with_mean(hidden, *cached_sums(cache, past, self.proxy_config.feature_layers, hidden, mask))
-        hidden = hidden[:, keep]
         embed = self.get_input_embeddings()
-        logits = accept_logits(self.proxy, embed, hidden.flatten(0, 1), candidates, positions)
+        logits = accept_logits(self.proxy, embed, hidden.flatten(0, 1), candidates, positions.flatten())
         log_probs = gated_log_probs(logits - self.proxy_config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
-        logits.scatter_(-1, candidates.token_ids, log_probs)
-        lm_logits = output.logits if output_lm_logits else None
-        output = GatedCausalLMOutput(**{**output, "logits": logits.view(output.logits.shape)}, lm_logits=lm_logits)
+        logits = logits.scatter_(-1, candidates.token_ids, log_probs).view(output.logits.shape)
+        changed: dict[str, torch.Tensor] = {"logits": logits}
         if labels is not None:
-            output.loss = self.lm.loss_function(
-                logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size
-            )
-        return output
+            changed["loss"] = self.lm.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        lm_logits = output.logits
+        output = type(output)(**{**output, **changed})
+        if output_lm_logits:
+            output["lm_logits"] = lm_logits
+        return output.to_tuple() if in_tuple else output
 
     def generate(
         self,

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from contextlib import suppress
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,11 @@ def lm_sha256(lm: PreTrainedModel) -> str | None:
     if weight.device.type == "meta" or weight.dim() != 2:
         return None
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    text = ", ".join([config.model_type, *(f"{name}={getattr(config, name, None)}" for name in sizes)])
+    fields = dict.fromkeys(sizes)
+    for name in sizes:
+        with suppress(AttributeError, ValueError, RuntimeError):  # a size that differs from layer to layer
+            fields[name] = getattr(config, name)
+    text = ", ".join([config.model_type, *(f"{name}={value}" for name, value in fields.items())])
     signs = torch.signbit(weight.detach()[:: math.ceil(len(weight) / 4096)]).to("cpu", torch.uint8)
     return sha256_of({text: signs})
 

@@ -1,9 +1,9 @@
-"""What the forward of a gated LM returns."""
+"""What the gate returns for cached features."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 
 @dataclass
@@ -12,10 +12,3 @@ class ProxyOutput(ModelOutput):
 
     accept_logits: torch.Tensor | None = None
     state_values: torch.Tensor | None = None
-
-
-@dataclass
-class GatedCausalLMOutput(CausalLMOutputWithPast):
-    """The LM's output with gated `logits`; `lm_logits`, of the same shape, are the LM's own if requested."""
-
-    lm_logits: torch.Tensor | None = None

@@ -34,6 +34,15 @@ class Proxy(nn.Module):
         """Accept logits `(N,)` of the features `(N, feature_size)`; `rows` is not used."""
         return self.gate(features)
 
+    def _apply(self, fn, recurse=True):
+        """Moves the proxy to another device, but never to another dtype: `model.to(torch.bfloat16)` is for the LM."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def load_weights(self, path: str) -> None:
         """Loads `proxy_model.safetensors`; `ValueError` if the file is damaged or of another shape."""
         try:

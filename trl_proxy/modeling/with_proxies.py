@@ -3,24 +3,39 @@
 import dataclasses
 import os
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.config import WEIGHTS_NAME, ProxyConfig, proxy_file
 from ..core.gate import ProxyMLP
-from ..decoding.hidden_states import reader_of
+from ..decoding.candidate import check_overwritable
+from ..decoding.hidden_states import embedding_size_of, reader_of, state_size_of, without_peft
 from .fingerprint import lm_sha256
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy
 from .saving import check_trained_over
+
+
+def check_causal_lm(lm: PreTrainedModel) -> None:
+    """`ValueError` for a model that does not continue its own text token by token, or cannot be gated."""
+    name, base = type(lm).__name__, without_peft(lm)
+    if getattr(lm, "active_peft_config", None) is not None and lm.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The LM has a {lm.active_peft_config.peft_type.value.lower().replace('_', ' ')} adapter, which puts "
+            "virtual tokens before every text: use an adapter of the weights, such as LoRA."
+        )
+    if lm.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model: a causal LM, which is a decoder alone, is needed.")
+    if not base.can_generate() or lm.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language modelling head: a causal LM is needed.")
 
 
 class ModelWithProxies(PreTrainedModel):
     """A frozen LM and its proxies, one of which is active. [`~trl_proxy.ProxyModelForCausalLM`] decodes with it."""
 
     def __init__(self, lm: PreTrainedModel, proxy_config: ProxyConfig | None = None):
-        if lm.get_output_embeddings() is None:
-            raise ValueError(f"{type(lm).__name__} has no language modelling head: a causal LM is needed.")
+        check_causal_lm(lm)
         super().__init__(lm.config)
         self.lm = lm.requires_grad_(False).eval()
         self.generation_config = lm.generation_config
@@ -33,10 +48,18 @@ class ModelWithProxies(PreTrainedModel):
             f"lm.{name}" for name, _ in [*lm.named_parameters(), *lm.named_buffers()]
         ]
 
+    # The LM's configuration was checked when the LM was made; transformers would change it here.
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        return attn_implementation
+
+    def _check_and_adjust_experts_implementation(self, experts_implementation):
+        return experts_implementation
+
     def _new_proxy(self, config: ProxyConfig) -> Proxy:
-        sizes = {
-            "hidden_size": self.lm.config.get_text_config().hidden_size,
-            "embedding_size": self.lm.get_input_embeddings().embedding_dim,
+        sizes: dict[str, Any] = {
+            "hidden_size": state_size_of(self.lm),
+            "embedding_size": embedding_size_of(self.lm),
         }
         for key, size in sizes.items():
             if getattr(config, key) not in (None, size):
@@ -44,6 +67,8 @@ class ModelWithProxies(PreTrainedModel):
                     f"The proxy was made for an LM with {key}={getattr(config, key)}, this one has {size}: "
                     "load it with the LM that it was trained on."
                 )
+        if config.features == "candidate":
+            check_overwritable(self.lm)
         readers = [reader_of(self.lm, layer) for layer in config.feature_layers]
         if len(set(readers)) < len(readers):
             raise ValueError(f"`feature_layers` {config.feature_layers} names a layer twice: leave one of them out.")
@@ -51,7 +76,7 @@ class ModelWithProxies(PreTrainedModel):
         # A copy: the caller may make proxies over other LMs with the same configuration.
         sha256 = lm_sha256(self.lm) or config.base_model_sha256
         config = dataclasses.replace(config, base_model_name_or_path=base, base_model_sha256=sha256, **sizes)
-        return Proxy(config).to(self.lm.get_output_embeddings().weight.device)
+        return Proxy(config).to(next(self.lm.get_output_embeddings().parameters()).device)
 
     @property
     def proxy(self) -> "Proxy | WeightedProxy":

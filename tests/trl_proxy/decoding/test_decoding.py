@@ -409,11 +409,12 @@ def test_a_rejection_leaves_no_trace(tiny_lm, ragged_batch, with_random_gate, fe
 def test_sliding_windows(tiny_lm, ragged_batch, with_random_gate, brute_force, features):
     """An LM that attends to its last 6 tokens alone: exact with prefix features, refused by name with the others."""
     prompts = ragged_batch(LENGTHS)
-    model = with_random_gate(tiny_lm("mistral"), ProxyConfig(features=features, p_t=0.02, max_candidates=6))
+    config = ProxyConfig(features=features, p_t=0.02, max_candidates=6)
     if features == "candidate":
-        with pytest.raises(ValueError, match="full attention"):
-            model.generate(**prompts, max_new_tokens=12)
+        with pytest.raises(ValueError, match="full attention in every layer, MistralForCausalLM has DynamicSliding"):
+            ProxyModelForCausalLM(tiny_lm("mistral"), config)
         return
+    model = with_random_gate(tiny_lm("mistral"), config)
     rows = brute_force.decode(model, **prompts, max_new_tokens=12)
     assert min(row.margin for row in rows) > MARGIN
     output = model.generate(**prompts, max_new_tokens=12, output_rollout=True)
