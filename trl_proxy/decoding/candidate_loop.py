@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from ..core.candidates import Candidates, propose_for
 from ..core.features import state_size
@@ -46,7 +46,12 @@ class CandidateLoop:
     def __init__(self, lm, input_ids, processors, criteria, generation_config, config, streamer, tree):
         self.lm, self.config, self.streamer, self.tree = lm, config, streamer, tree
         self.processors, self.criteria = processors, criteria
-        self.other_criteria = any(not isinstance(c, (MaxLengthCriteria, EosTokenCriteria)) for c in criteria)
+        others = [c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+        self.other_criteria = bool(others)
+        # A criterion of the caller's may keep what it has seen of the whole batch, as lm-eval's do. Rows then advance
+        # in step.
+        self.in_step = any(not isinstance(c, StopStringCriteria) for c in others)
+        self.checked = 0
         self.batch, self.prompt_width = input_ids.shape
         self.device, self.capacity = input_ids.device, generation_config.max_length
         self.max_new_tokens = self.capacity - self.prompt_width
@@ -94,19 +99,20 @@ class CandidateLoop:
         """Offers each active row its next candidate, or its next few as a tree, in one forward of the LM."""
         # A forced token that ends its response needs no forward, as in plain decoding.
         token, forced = self.active.at_rank(self.active.token_ids), self.active.rank == self.active.last
-        if (over := forced & self._is_final(token)).any():
+        if (over := forced & self._is_final(token) & ~self._waits()).any():
             self._accept(over.nonzero()[:, 0], token, forced, over)
             self._keep((~over).nonzero()[:, 0])
+            self._check_in_step()
             if not len(self.active.rows):
                 return
 
-        active = self.active
+        active, waits = self.active, self._waits()
         rows = torch.arange(len(active.rows), device=self.device)
         n = min(int((active.last - active.rank).max()) + 1, TREE_CANDIDATES) if self._as_tree() else 1
         ranks = active.rank[:, None] + torch.arange(n, device=self.device)  # (A, n)
         tokens = active.token_ids.gather(1, torch.minimum(ranks, active.last[:, None]))
-        asked = ranks < active.last[:, None]
-        accept = ranks == active.last[:, None]
+        asked = (ranks < active.last[:, None]) & ~waits[:, None]
+        accept = (ranks == active.last[:, None]) & ~waits[:, None]
         state: Any = None
 
         def select(hidden: torch.Tensor) -> torch.Tensor:
@@ -132,13 +138,14 @@ class CandidateLoop:
             )
         first = accept.long().argmax(-1)
         taken = accept[rows, first]
-        self.forwards[active.rows] += 1
-        self.rejections[active.rows] += torch.where(taken, first, n)
+        offered = torch.where(waits, 0, n)
+        self.forwards[active.rows] += (~waits).long()
+        self.rejections[active.rows] += torch.where(taken, first, offered)
         if keep_hidden and asked.any():
             self._record(state, tokens, ranks, asked, accept)
         if self.config.pooled_features:
             self.total[active.rows[taken]] += states.hidden[rows, first][taken].float()
-        self._advance(tokens, first, taken, slots, visible, output.logits)
+        self._advance(tokens, first, taken, offered, slots, visible, output.logits)
 
     def _record(self, state, tokens, ranks, asked, accept) -> None:
         """Keeps the decisions of this forward, `(A, n)` each, up to the first that accepts."""
@@ -154,9 +161,9 @@ class CandidateLoop:
         row, length, hidden, *rest = (x[decided] for x in (*places, state, tokens, accept, log_probs))
         self.events.append(CandidateDecisions(row, hidden, length, *rest))
 
-    def _advance(self, tokens, first, taken, slots, visible, logits) -> None:
+    def _advance(self, tokens, first, taken, offered, slots, visible, logits) -> None:
         """Moves every row on: to its next position if a candidate was accepted, else to its next candidates."""
-        rows, n = torch.arange(len(tokens), device=self.device), tokens.shape[1]
+        rows = torch.arange(len(tokens), device=self.device)
         self.active = active = self.active._replace(rank=self.active.rank + first, visible=visible)
         moved = (taken & (first > 0)).nonzero()[:, 0]
         if len(moved):
@@ -164,7 +171,7 @@ class CandidateLoop:
         token, forced = tokens[rows, first], active.rank == active.last
         final = self._is_final(token)
         ended = self._accept(taken.nonzero()[:, 0], token, forced, final)
-        active = self.active._replace(rank=torch.where(taken, 0, active.rank + n))
+        active = self.active._replace(rank=torch.where(taken, 0, active.rank + offered))
         # (3) EOS: a row whose accepted token is final gets no new candidates.
         going = (taken & ~final).nonzero()[:, 0]
         if len(going):
@@ -177,6 +184,23 @@ class CandidateLoop:
         self.active = active
         if ended.any():
             self._keep((~ended).nonzero()[:, 0])
+        self._check_in_step()
+
+    def _waits(self) -> torch.Tensor:
+        """`(A,)` bool: rows that are a token ahead of the others, if the rows advance in step. They are fed, because a
+        forward has all rows, and nothing comes of it."""
+        length = self.active.length
+        return length > length.min() if self.in_step else torch.zeros_like(length, dtype=torch.bool)
+
+    def _check_in_step(self) -> None:
+        """Asks the caller's criteria as transformers does: of the whole batch, once for each length. Rows that have
+        ended are padded."""
+        length = self.active.length
+        if self.in_step and len(length) and self.checked < int(length.min()) == int(length.max()):
+            self.checked = int(length.min())
+            ended = self.criteria(self.sequences[:, : self.prompt_width + self.checked], None)[self.active.rows]
+            if ended.any():
+                self._keep((~ended).nonzero()[:, 0])
 
     def _state(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the gate reads of the candidates just fed, `(A, n, state_size)`: their states. With pooled features,
@@ -216,7 +240,7 @@ class CandidateLoop:
         self.token_log_probs[rows] += active.at_rank(active.log_probs)[which]
         self.active = active = active._replace(length=active.length.index_add(0, which, torch.ones_like(which)))
         ended[which] = final[which]
-        if self.other_criteria:
+        if self.other_criteria and not self.in_step:
             ended[which] |= self._by_length(rows, active.length[which], lambda ids, _: self.criteria(ids, None))
         if self.streamer is not None:
             self.streamer.put(token[which].cpu())

@@ -31,7 +31,7 @@ from .with_proxies import ModelWithProxies
 logger = logging.get_logger(__name__)
 # `pipeline` logs an error for a class that is not among these names.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["proxy"] = "ProxyModelForCausalLM"
-SCORE_WITHOUT_PROXY = "score given texts inside `with model.disable_proxy():`, which is the frozen LM"
+_SCORE = "score given texts inside `with model.disable_proxy():`, which is the frozen LM"
 
 
 class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
@@ -173,7 +173,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         if self.proxy_config.features == "candidate":
             raise ValueError(
                 "A proxy with features='candidate' has no next-token distribution in closed form: use `generate`, "
-                f"train one with features='prefix', or {SCORE_WITHOUT_PROXY}."
+                f"train one with features='prefix', or {_SCORE}."
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         with HiddenStateHook(self.lm, self.proxy_config.feature_layers) as tap:
@@ -208,11 +208,11 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
                 logits=output.logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size
             )
             if output.loss.isinf():
-                raise ValueError(f"The loss is infinite: a label is no candidate of the LM; {SCORE_WITHOUT_PROXY}.")
+                raise ValueError(f"The loss is infinite: a label is no candidate of the LM; {_SCORE}.")
         elif output.logits.shape[1] > 1 and not output_lm_logits and past_key_values is None and "cache" not in kwargs:
             # Neither decoding nor the packed texts of continuous batching, which have a `cache`.
             logger.warning_once(
-                f"The gated logits of tokens that are no candidates are -inf: {SCORE_WITHOUT_PROXY}. The gate itself "
+                f"The gated logits of tokens that are no candidates are -inf: {_SCORE}. The gate itself "
                 "is measured by what it writes, in tasks that generate."
             )
         return output
