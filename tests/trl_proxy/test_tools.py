@@ -11,7 +11,14 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationMixin, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GenerationMixin,
+    TextIteratorStreamer,
+    pipeline,
+)
 from transformers.pipelines import base as pipelines
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
@@ -210,7 +217,7 @@ def test_an_infinite_loss_is_refused(gated, ragged_batch):
 
 
 def test_nothing_is_said_where_nothing_is_scored(gated, ragged_batch, warnings):
-    """Decoding with and without a cache, and a caller that asks for the LM's logits too."""
+    """Decoding with and without a cache, packed texts, and a caller that asks for the LM's logits too."""
     model, prompts = gated(), ragged_batch((6, 3))
     for use_cache in (True, False):
         model.generate(**prompts, max_new_tokens=3, use_cache=use_cache)
@@ -222,6 +229,10 @@ def test_nothing_is_said_where_nothing_is_scored(gated, ragged_batch, warnings):
         model(**prompts, logits_to_keep=1)
         with model.disable_proxy():
             model(**prompts)
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(32, 16, 64)
+    packed = gated(pooled_features=False)
+    packed.generate_batch([[5, 6, 7], [8, 9]], generation_config=settings, continuous_batching_config=small)
     assert not warnings
     model(**prompts)
     assert len(warnings) == 1

@@ -273,7 +273,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         )
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As in transformers, on the gated logits of `forward`, for `generate_batch` and `transformers serve`.
+        """As in transformers, on the gated logits of `forward`, for `generate_batch` and transformers' server.
 
         Raises:
             `ValueError`: candidate features have no such logits, and pooled features need one text at a time.
