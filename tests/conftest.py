@@ -219,6 +219,12 @@ def load_two_ranks():
 
 
 @pytest.fixture(scope="session")
+def load_fake_hub():
+    """The module `fake_hub.py` next to this file."""
+    return _load(Path(__file__).parent / "fake_hub.py")
+
+
+@pytest.fixture(scope="session")
 def load_script():
     """`load_script("compare")` -> the module scripts/compare.py; scripts are no package."""
     return functools.cache(lambda name: _load(Path(__file__).parents[1] / "scripts" / f"{name}.py"))

@@ -18,7 +18,7 @@ from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 # The name of each class, and the first `model_type` that it is registered for.
-ARCHITECTURES = {name: kind for kind, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+ARCHITECTURES = {name: kind for kind, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()) if kind != "proxy"}
 # What no gate is tried on, and why.
 SKIPPED = {
     "BltForCausalLM": "its patches of bytes have no tiny configuration that runs",

@@ -33,7 +33,7 @@ def gated_generate(
 ):
     """Implements [`~trl_proxy.ProxyModelForCausalLM.generate`], with the same arguments and result."""
     settings = Settings(kwargs, generation_config, model.generation_config)
-    refuse_what_has_no_meaning(settings)
+    refuse_what_has_no_meaning(settings, gate_sample)
     prompts = checked_prompts(model.config, input_ids, kwargs.pop("attention_mask", None), settings)
     if settings.is_assisted or (settings["num_beams"] or 1) > 1:
         by_decision = {"threshold": threshold, "tree": tree, "proxy_names": proxy_names}
@@ -44,10 +44,9 @@ def gated_generate(
             model,
             *prompts,
             generation_config,
-            do_sample=gate_sample,
+            **{**kwargs, "do_sample": gate_sample},
             logits_processor=logits_processor,
             streamer=streamer,
-            **kwargs,
         )
 
     repeats = settings["num_return_sequences"] or 1

@@ -183,7 +183,7 @@ def checked_prompts(lm_config, input_ids, attention_mask, settings: Settings) ->
     return input_ids, attention_mask
 
 
-def refuse_what_has_no_meaning(settings: Settings) -> None:
+def refuse_what_has_no_meaning(settings: Settings, gate_sample: bool) -> None:
     """`ValueError` for the options of `generate` that a gate cannot follow; a warning for those that do not apply."""
     for name in NOT_GATED:
         neutral, reason = REFUSED[name]
@@ -191,6 +191,11 @@ def refuse_what_has_no_meaning(settings: Settings) -> None:
             raise ValueError(f"`{name}` is not supported: {reason}; set it to {neutral[-1]}.")
     if ignored := [name for name in TRUNCATIONS if settings.kwargs.get(name) is not None]:
         logger.warning_once(f"{', '.join(ignored)} do not apply to a gated LM: set `p_t` and `max_candidates`.")
+    if settings.kwargs.get("do_sample") and not gate_sample:
+        logger.warning_once(
+            "`do_sample=True` does not apply to a gated LM: `gate_sample=True` draws the gate's decisions. A "
+            "`temperature`, as a pipeline adds to it, is that of the LM's proposals."
+        )
 
 
 def check_closed_form(config: ProxyConfig, assisted: bool, gate_sample: bool, by_decision: list[str]) -> None:

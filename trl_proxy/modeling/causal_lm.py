@@ -1,7 +1,9 @@
 """[`ProxyModelForCausalLM`]: a frozen language model with a gate on it.
 
 With prefix features the gated LM is an ordinary LM: `forward` returns the logits of the closed form, and transformers'
-`generate`, pipelines and scoring tools work on it. With candidate features only `generate` is defined.
+`generate`, pipelines and servers work on it. With candidate features only `generate` is defined. A token that the LM
+does not propose has probability 0, so given texts are scored by the frozen LM, inside
+[`~trl_proxy.ProxyModelForCausalLM.disable_proxy`].
 """
 
 import os
@@ -11,6 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from ..core.candidates import propose_for
 from ..core.config import WEIGHTS_NAME, ProxyConfig, proxy_file
@@ -23,6 +27,11 @@ from ..decoding.pooling import cached_sums, length_of, with_mean
 from .outputs import ProxyOutput
 from .saving import check_trained_over, push_proxy, save_proxy
 from .with_proxies import ModelWithProxies
+
+logger = logging.get_logger(__name__)
+# `pipeline` logs an error for a class that is not among these names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["proxy"] = "ProxyModelForCausalLM"
+_SCORE = "score given texts inside `with model.disable_proxy():`, which is the frozen LM"
 
 
 class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
@@ -78,6 +87,10 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """The LM's."""
         return self.lm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _supports_logits_to_keep(self) -> bool:
+        """As the LM: whether `generate` may ask for the logits of the last positions alone."""
+        return self.lm._supports_logits_to_keep()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters. Each 4-bit weight counts as one."""
@@ -149,7 +162,12 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         Returns:
             The LM's output, of the LM's own class, with `logits` `(batch, positions, vocab)` replaced by the
             log-probabilities of the closed form (`gate.gated_log_probs`): -inf for every token that is no candidate.
-            With `return_dict=False` it is a tuple. Inside [`disable_proxy`] it is the LM's own output.
+            With `return_dict=False` it is a tuple. For several positions without a cache a warning says so once,
+            because a tool that compares given answers may find -inf for all. Inside [`disable_proxy`] it is the LM's
+            own output.
+
+        Raises:
+            `ValueError`: candidate features, or `labels` whose loss is infinite, because one is not a candidate.
         """
         if gate_features is not None:
             return ProxyOutput(accept_logits=self.gate(gate_features), state_values=self.critic(gate_features))
@@ -164,8 +182,8 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
             return self.lm(**inputs, labels=labels)
         if self.proxy_config.features == "candidate":
             raise ValueError(
-                "A proxy with features='candidate' has no next-token distribution in closed form: use `generate`, or "
-                "train one with features='prefix'."
+                "A proxy with features='candidate' has no next-token distribution in closed form: use `generate`, "
+                f"train one with features='prefix', or {_SCORE}."
             )
         text = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         cache = past_key_values if past_key_values is not None else kwargs.get("cache_params")
@@ -197,7 +215,16 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         logits = logits.scatter_(-1, candidates.token_ids, log_probs).view(output.logits.shape)
         changed: dict[str, torch.Tensor] = {"logits": logits}
         if labels is not None:
-            changed["loss"] = self.lm.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            loss = self.lm.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            if loss.isinf():
+                raise ValueError(f"The loss is infinite: a label is no candidate of the LM; {_SCORE}.")
+            changed["loss"] = loss
+        elif logits.shape[1] > 1 and not output_lm_logits and past_key_values is None and "cache" not in kwargs:
+            # Neither decoding nor the packed texts of continuous batching, which have a `cache`.
+            logger.warning_once(
+                f"The gated logits of tokens that are no candidates are -inf: {_SCORE}. The gate itself is measured "
+                "by what it writes, in tasks that generate."
+            )
         lm_logits = output.logits
         output = type(output)(**{**output, **changed})
         if output_lm_logits:
@@ -260,7 +287,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         )
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As in transformers, on the gated logits of `forward`, for `generate_batch` and `transformers serve`.
+        """As in transformers, on the gated logits of `forward`, for `generate_batch` and transformers' server.
 
         Raises:
             `ValueError`: candidate features have no such logits, and pooled features need one text at a time.
@@ -279,6 +306,8 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
         **kwargs,
     ) -> None:
         """Writes the active proxy, `proxy_config.json` and `proxy_model.safetensors`; never the LM.
@@ -287,17 +316,49 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
             save_directory: folder.
             is_main_process: False writes nothing.
             state_dict: of this model, if a trainer has gathered it because the model is sharded.
-            kwargs: `push_to_hub`, `repo_id`.
+            push_to_hub: upload it too, to `repo_id` or to a repository with the folder's name.
+            kwargs: for [`push_to_hub`]. How transformers cuts large weights into files does not matter here.
+
+        Raises:
+            `ValueError`: an argument that has no meaning here.
         """
+        kwargs = {
+            name: value for name, value in kwargs.items() if name not in ("max_shard_size", "safe_serialization")
+        }
+        if kwargs and not push_to_hub:
+            raise ValueError(
+                f"`save_pretrained` of a proxy does not take {', '.join(map(repr, kwargs))}: leave it out."
+            )
         if not is_main_process:
             return
         save_proxy(self, save_directory, state_dict)
-        if kwargs.get("push_to_hub"):
-            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.normpath(save_directory)))
+        if push_to_hub:
+            self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **kwargs)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs) -> str:
-        """Uploads the active proxy; returns the URL of the commit. `kwargs`: `commit_message`, `revision`."""
-        return push_proxy(self, repo_id, private=private, token=token, **kwargs)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload proxy",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads the active proxy, never the LM. A repository without a card gets one.
+
+        Args:
+            repo_id: `name` or `owner/name`; it is made if it does not exist.
+            private, token: of the repository.
+            revision: the branch; it is made if it does not exist.
+            create_pr: propose the upload instead of committing it.
+
+        Returns:
+            the URL of the commit.
+        """
+        commit = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+        return push_proxy(self, repo_id, private=private, token=token, revision=revision, **commit)
 
     @classmethod
     def from_pretrained(

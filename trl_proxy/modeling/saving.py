@@ -36,24 +36,21 @@ def save_proxy(model, folder: str | os.PathLike, state_dict: dict[str, torch.Ten
     os.replace(path + ".tmp", path)
 
 
-def push_proxy(model, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs) -> str:
-    """Uploads the active proxy, with a card if the repository has none; returns the URL of the commit."""
+def push_proxy(
+    model, repo_id: str, *, private: bool | None, token: bool | str | None, revision: str | None, **commit
+) -> str:
+    """Implements [`~trl_proxy.ProxyModelForCausalLM.push_to_hub`], with the same arguments and result."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not commit["create_pr"] and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        if not api.file_exists(repo_id, "README.md"):  # it may have a card from training
-            revision = getattr(model.lm.config, "_commit_hash", None)
-            card = proxy_card(model.proxy_config, *model.get_nb_trainable_parameters(), revision=revision)
+        if not api.file_exists(repo_id, "README.md", revision=revision):  # it may have a card from training
+            lm_revision = getattr(model.lm.config, "_commit_hash", None)
+            card = proxy_card(model.proxy_config, *model.get_nb_trainable_parameters(), revision=lm_revision)
             card.save(os.path.join(folder, "README.md"))
-        return str(
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=kwargs.get("commit_message", "Upload proxy"),
-                revision=kwargs.get("revision"),
-            )
-        )
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **commit))
 
 
 def check_trained_over(lm, saved: ProxyConfig, here: ProxyConfig, source: str | os.PathLike) -> None:

@@ -555,6 +555,43 @@ def test_rows_ended_by_a_stopping_criterion(
     brute_force.check_output(output, rows, max(lengths), pad_token_id)
 
 
+class Watch(StoppingCriteria):
+    """Keeps what it is asked of; ends the whole batch at a length, as a criterion may that keeps what it has seen."""
+
+    def __init__(self, end: int):
+        self.end, self.seen = end, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.clone())
+        return input_ids.shape[1] >= self.end
+
+
+@pytest.mark.parametrize("tree", [True, False])
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_criterion_is_asked_of_the_whole_batch_once_for_each_length(
+    tiny_lm, ragged_batch, with_random_gate, features, tree
+):
+    """As in transformers, although with candidate features the rows reject differently; and nothing else changes."""
+    prompts, width = ragged_batch(LENGTHS), max(LENGTHS)
+    model = with_random_gate(tiny_lm("llama"), ProxyConfig(features=features, p_t=0.05, max_candidates=6))
+    options = {"max_new_tokens": 24, "eos_token_id": MANY_EOS, "output_rollout": True, "tree": tree}
+    alone = model.generate(**prompts, **options)
+    assert len(set(alone.decisions.tokens.tolist())) > 2, "rows end at different lengths"
+    watch = Watch(width + 100)
+    watched = model.generate(**prompts, **options, stopping_criteria=[watch])
+    assert torch.equal(watched.sequences, alone.sequences)
+    assert torch.equal(watched.rollout.mask, alone.rollout.mask)
+    for name in {*alone.decisions._fields} - {"lm_forwards"}:  # how wide a tree is depends on the other rows
+        assert torch.equal(getattr(watched.decisions, name), getattr(alone.decisions, name)), name
+    lengths = [ids.shape[1] for ids in watch.seen]
+    assert lengths == list(range(width + 1, width + 1 + len(lengths)))
+    assert lengths[-1] >= alone.sequences.shape[1] - 1
+    assert all(torch.equal(ids, alone.sequences[:, : ids.shape[1]]) for ids in watch.seen)
+    ended = model.generate(**prompts, **options, stopping_criteria=[Watch(width + 3)])
+    assert torch.equal(ended.sequences, alone.sequences[:, : width + 3])
+    assert torch.equal(ended.decisions.tokens, alone.decisions.tokens.clamp(max=3))
+
+
 def test_a_stop_before_the_padding_token_is_not_counted_twice(tiny_lm, ragged_batch, brute_force):
     """The sharpest case of the test above: row 0 stops, and its next greedy token is the one that pads."""
     lm = tiny_lm("llama")

@@ -1,12 +1,9 @@
-"""trl_proxy/card.py: a proxy's card says what it is and what was measured, and the model uploads one."""
-
-from pathlib import Path
+"""trl_proxy/modeling/card.py: a proxy's card says what it is and what was measured."""
 
 import pytest
 from huggingface_hub import ModelCard
 
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM
-from trl_proxy.modeling import saving
+from trl_proxy import ProxyConfig
 from trl_proxy.modeling.card import add_results, proxy_card
 
 RECORD = {
@@ -55,34 +52,3 @@ def test_the_lm_and_its_revision_are_named(base, on_hub, tmp_path):
     assert f'from_pretrained("{base}", revision="abc")' in card.text
     assert "888 parameters, 0.89 % of the LM's" in card.text
     assert card.data.base_model == (base if on_hub else None)
-
-
-class Hub:
-    """What `push_to_hub` calls, without a network."""
-
-    def __init__(self, token=None):
-        self.files = {}
-
-    def create_repo(self, repo_id, private, exist_ok):
-        return type("Url", (), {"repo_id": f"me/{repo_id}"})
-
-    def file_exists(self, repo_id, name):
-        assert repo_id == "me/proxy"
-        return name in self.there
-
-    def upload_folder(self, repo_id, folder_path, commit_message, revision):
-        Hub.uploaded = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-        return f"https://hub/{repo_id}/commit/1"
-
-
-@pytest.mark.parametrize("there", [set(), {"README.md"}])
-def test_an_upload_has_a_card_unless_there_is_one(tiny_lm, monkeypatch, there):
-    monkeypatch.setattr(saving, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "there", there, raising=False)
-    model = ProxyModelForCausalLM(tiny_lm("llama"), ProxyConfig(p_t=0.125))
-    assert model.push_to_hub("proxy") == "https://hub/me/proxy/commit/1"
-    assert set(Hub.uploaded) == {"proxy_config.json", "proxy_model.safetensors", "README.md"} - there
-    if not there:
-        card = Hub.uploaded["README.md"].decode()
-        assert "- `p_t`: 0.125" in card
-        assert "How it was trained is not recorded here." in card

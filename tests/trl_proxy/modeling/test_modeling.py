@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 from trl_proxy.core.gate import gated_log_probs
@@ -711,17 +711,6 @@ def test_sampling_options_do_not_apply(gated, ragged_batch):
 def test_no_head_is_refused(tiny_lm):
     with pytest.raises(ValueError, match="has no language modelling head"):
         ProxyModelForCausalLM(tiny_lm().model)
-
-
-@pytest.mark.parametrize("features", FEATURES)
-def test_pipeline(gated, tiny_tokenizer, features):
-    model = gated(features=features)
-    pipe = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)
-    # A pipeline's own temperature is 0.7, if none is given.
-    text = pipe("Good morning", max_new_tokens=8, temperature=1.0, return_full_text=False)[0]["generated_text"]
-    ids = tiny_tokenizer("Good morning", return_tensors="pt")["input_ids"]
-    expected = model.generate(ids, max_new_tokens=8)[0, ids.shape[1] :]
-    assert text == tiny_tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_tokenizer_and_models_share_a_vocabulary(tiny_tokenizer, tiny_lm):
