@@ -14,6 +14,7 @@ from eval.published import NAMES, SHOWN_KINDS, Published, Row, read_lines
 from eval.published_columns import COLUMNS
 from eval.report.tables import markdown_table, with_interval
 from eval.stats import rate_ci
+from trl_proxy.decoding import settings
 from trl_proxy.files import write_text
 from trl_proxy.trainer import fields
 
@@ -246,6 +247,13 @@ def _fields(table: dict[str, fields.Field]) -> Callable[[Published], str]:
     return printed
 
 
+# Of transformers' GenerationConfig, as `generation_kwargs` and as an LM's generation_config.json.
+_GENERATION = {
+    **{name: fields.Field() for name in settings.USED},
+    **{name: fields.Field("refused", reason) for name, (_, reason) in settings.REFUSED.items()},
+    **{name: fields.Field("refused", "the method decides how a token is chosen") for name in settings.SAMPLING},
+    **{name: fields.Field("no effect", "it has no meaning for a causal LM without beams") for name in settings.MOOT},
+}
 _STATUSES = ("refused", "no effect", "used")
 
 TABLES: dict[str, Callable[[Published], str]] = {
@@ -268,6 +276,7 @@ TABLES: dict[str, Callable[[Published], str]] = {
     "fields-frozen-lm": _fields(fields.FROZEN_LM),
     "fields-trained-lm": _fields(fields.TRAINED_LM),
     "fields-script": _fields(fields.SCRIPT),
+    "fields-generation": _fields(_GENERATION),
 }
 
 
