@@ -54,6 +54,22 @@ def test_it_trains_and_leaves_a_proxy_that_loads(script, tiny_run, tiny_lm, monk
     assert model.gate.mlp[-1].weight.abs().sum() > 0
 
 
+def test_a_run_says_how_its_lm_was_decoded(script, tiny_run, tiny_lm, tiny_tokenizer, monkeypatch, tmp_path):
+    """The LM's own options and the user's; the proxy keeps the user's."""
+    lm = tiny_lm("llama")
+    lm.generation_config.suppress_tokens = [40]
+    lm.save_pretrained(tmp_path / "lm")
+    tiny_tokenizer.save_pretrained(tmp_path / "lm")
+    flags = {"generation_kwargs": '{"repetition_penalty": 1.3}', "max_steps": 4, "save_steps": 4}
+    run(script, tiny_run(**flags), monkeypatch, tmp_path)
+    decoding = json.loads((tmp_path / "out" / "run.json").read_text())["decoding"]
+    assert {"repetition_penalty": 1.3, "suppress_tokens": [40]}.items() <= decoding["generation_kwargs"].items()
+    assert (decoding["eos_token_ids"], decoding["max_new_tokens"]) == ([2], 6)
+    kept = json.loads((tmp_path / "out" / "proxy_config.json").read_text())["decoding"]
+    assert kept == {"generation_kwargs": {"repetition_penalty": 1.3}}
+    run(script, tiny_run(**flags), monkeypatch, tmp_path)  # it is the same run
+
+
 def test_what_it_prints_and_what_other_users_can_read(script, tiny_run, monkeypatch, tmp_path, capsys):
     """A line per logging step and no dictionary, which `--verbose` brings back; files have the modes of `open`."""
     run(script, tiny_run(save_total_limit=1), monkeypatch, tmp_path)

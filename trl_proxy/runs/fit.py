@@ -17,7 +17,7 @@ from ..files import make_readable, write_text, writing
 from .arguments import RunArguments
 from .process import Interrupted, lock_folder
 from .progress import ProgressLines, logged_seconds
-from .resume import RESULTS_FILE, RUN_FILE, checkpoint_to_resume, identity
+from .resume import DECODING, RESULTS_FILE, RUN_FILE, checkpoint_to_resume, identity
 
 PATIENCE = 20.0  # seconds; torch's launcher kills processes that have not ended 30 s after its signal
 # The start of a run
@@ -117,6 +117,8 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
     """
     args = trainer.args
     if trainer.accelerator.is_main_process:
+        if hasattr(trainer, "decoding"):  # DPO decodes nothing while it trains
+            run = {**run, DECODING: trainer.decoding.as_dict()}
         write_text(os.path.join(args.output_dir, RUN_FILE), json.dumps(run, indent=2))
     rollout = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
     cycle = rollout // args.gradient_accumulation_steps

@@ -17,6 +17,7 @@ from .arguments import (
 RUN_FILE = "run.json"
 RESULTS_FILE = "train_results.json"
 ASKED = "asked"  # in run.json: what the command set, before any default
+DECODING = "decoding"  # in run.json: the decoding settings in full, which follow from the LM and the arguments
 # Settings that may differ between a run and the command that resumes it, or that must not be written to a file.
 _NOT_IDENTITY = {
     "resume_from_checkpoint",
@@ -55,7 +56,7 @@ def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> st
         raise ValueError(f"{output_dir} holds a checkpoint of something else: choose another --output_dir.")
     before = read_json(path)
     # What was asked for may be written in another way.
-    if changed := sorted(set(changed_keys(before, run)) - {ASKED}):
+    if changed := sorted(set(changed_keys(before, run)) - {ASKED, DECODING}):
         raise ValueError(
             f"{output_dir} holds the checkpoint of another run (different: {', '.join(changed)}): choose another "
             "--output_dir, or start anew with --overwrite_output_dir."
