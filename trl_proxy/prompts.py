@@ -193,7 +193,8 @@ def check_prompts(
 
 def positions_of(config) -> int | None:
     """How many tokens an LM can read, by its configuration; None if that names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet has -1
 
 
 def _rendered(prompts: list, start: int, where: str, render: Callable) -> list[list[int]]:

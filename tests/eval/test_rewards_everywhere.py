@@ -171,13 +171,14 @@ def places(tiny_lm, tiny_tokenizer, tmp_path):
 
     def compare(key):
         def run(reward, dataset=ROWS, **settings):
+            policy = GreedyPolicy(tiny_lm(), tiny_tokenizer, batch_size=2, max_new_tokens=5)
             record = evaluate_policy(
-                GreedyPolicy(tiny_lm(), tiny_tokenizer, batch_size=2, max_new_tokens=5),
+                policy,
                 dataset,
                 caller(reward, **settings) if key == "rewards" else length,
                 caller(reward, **settings) if key == "gold_rewards" else None,
                 tiny_lm(),
-                tiny_tokenizer,
+                policy.decoding,
                 run=Run(method="sft", seed=0, model="tiny", reward_model="r", dataset="d", max_new_tokens=5),
                 output_dir=tmp_path,
             )
