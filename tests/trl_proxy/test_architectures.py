@@ -161,7 +161,7 @@ OVERRIDES: dict[str, dict] = {
         "num_buckets": 4,
         "attention_head_size": 16,
         "feed_forward_size": 96,
-        "hidden_dropout_prob": 0.0,
+        "hash_seed": 0,
     },
 }
 
@@ -267,29 +267,30 @@ def checked(name: str, ragged_batch, with_random_gate, folder) -> dict[str, str]
     for kind, options in KINDS.items():
         try:
             model = ProxyModelForCausalLM(lm, ProxyConfig(**PROPOSALS, **options))
+            decoded = model.generate(**batch, **new).sequences
         except ValueError as error:
             refusal = str(error)
-            need = re.fullmatch(rf"Candidate features (need .*), {name}( .*): use features='prefix'\.", refusal)
-            can[kind] = f"refused: {need[1]}, it{need[2]}"
+            need = re.fullmatch(r"Pooled features (must .*)\. Leave .*|Candidate features (need .*): use .*", refusal)
+            can[kind] = f"refused: {(need[1] or need[2]).replace(name, 'it')}"
             continue
         if kind != "candidate features":
             check_forward(model, lm, alone["input_ids"])
-        assert torch.equal(model.generate(**batch, **new).sequences, plain)
+        assert torch.equal(decoded, plain)
         assert torch.equal(model.generate(**batch, **new, num_return_sequences=2).sequences, plain_twice)
 
         # A gate that rejects about half of what an accepting one takes
         model = with_random_gate(lm, model.proxy_config, bias=100.0)
         rollout = model.generate(**alone, **new, output_rollout=True).rollout
         with torch.no_grad():
-            model.gate.mlp[-1].bias -= model.gate(model.rollout_features(rollout)).mean()
+            model.gate.mlp[-1].bias -= model.gate(model.rollout_features(rollout)).mean() + 1e-3
         output = model.generate(**alone, **new)
         assert output.decisions.rank_sum.sum() > 0
         if exact_cache and exact_forward and kind != "candidate features":
             assert decode_by_forward(model, alone["input_ids"]) == output.sequences[0, 8:].tolist()
             assert torch.equal(model.generate(**alone, **new, use_cache=False).sequences, output.sequences)
-        if exact_padding:
+        response = output.sequences[0, 8:].tolist()
+        if exact_padding and 0 not in response:  # some take any padding token for padding
             padded = model.generate(**batch, **new).sequences[0, 11:].tolist()
-            response = output.sequences[0, 8:].tolist()
             assert padded == response + [0] * (len(padded) - len(response))
         model.save_pretrained(folder)
         loaded = ProxyModelForCausalLM.from_pretrained(lm, folder)
@@ -307,13 +308,17 @@ def records():
     records: dict[str, dict[str, str]] = {}
     yield records
     if page := os.environ.get("ARCHITECTURES_PAGE"):
-        before, _, rest = Path(page).read_text(encoding="utf-8").partition("<!-- table: architectures -->\n")
+        text = Path(page).read_text(encoding="utf-8")
+        known = dict(re.findall(r"^\| \S+ \| (\w+) \| (.*) \|$", text, re.MULTILINE))  # of those not tried this time
+        before, _, rest = text.partition("<!-- table: architectures -->\n")
         lines = [f"| `model_type` | class | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
         for name in sorted(ARCHITECTURES):
-            cells = [records.get(name, {}).get(column, "") for column in COLUMNS]
+            cells = known.get(name, " | | |")
             if name in SKIPPED:
-                cells = [f"not tried: {SKIPPED[name]}", *[""] * (len(COLUMNS) - 1)]
-            lines.append(f"| {ARCHITECTURES[name]} | {name} | {' | '.join(cells)} |")
+                cells = f"not tried: {SKIPPED[name]} | | |"
+            elif name in records:
+                cells = " | ".join(records[name][column] for column in COLUMNS)
+            lines.append(f"| {ARCHITECTURES[name]} | {name} | {cells} |")
         _, end, after = rest.partition("\n<!-- end -->")
         table = "\n".join(["<!-- table: architectures -->", "", *lines, ""])
         Path(page).write_text(f"{before}{table}{end}{after}", encoding="utf-8")
@@ -333,5 +338,7 @@ def test_architecture(name, records, ragged_batch, with_random_gate, tmp_path):
 
 def test_page():
     """The page has a row for every architecture that the installed transformers has, and no other."""
-    assert re.findall(r"^\| \S+ \| (\w+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE) == sorted(ARCHITECTURES)
+    assert re.findall(r"^\| [\w-]+ \| (\w+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE) == sorted(
+        ARCHITECTURES
+    )
     assert set(SKIPPED) | set(USUAL) | set(OVERRIDES) <= set(ARCHITECTURES)

@@ -15,7 +15,7 @@ from ..core.rollout import Decisions, record_candidate_decisions
 from .candidate_loop import CandidateLoop
 from .hidden_states import parameters_of, without_peft
 from .options import GatedCall, ProxyGenerateOutput
-from .prefix_cache import has_usual_positions, takes_positions
+from .row_cache import RowCache
 
 
 def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
@@ -45,36 +45,60 @@ def generate_by_candidate(lm, call: GatedCall) -> ProxyGenerateOutput:
     )
 
 
-@torch.no_grad()
 def check_overwritable(lm) -> None:
-    """`ValueError` unless a rejected token leaves no trace when another is written to its place in the cache. Every
-    layer must keep the keys and values of all tokens, and each token be given its position. A few tokens are read."""
+    """`ValueError` unless a rejected token leaves no trace when another is written to its place in the cache: every
+    layer keeps the keys and values of all tokens, and the rows of a batch can be at different positions."""
     name, remedy = type(without_peft(lm)).__name__, "use features='prefix'"
-    ids = torch.tensor([[3, 4, 5]], device=lm.device)
     kinds = {"a cache of its own"}
     if "past_key_values" in parameters_of(lm) and lm._supports_default_dynamic_cache():
         cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
         kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
-        if not kinds:
-            lm(input_ids=ids, past_key_values=cache, use_cache=True)
-            if {layer.get_seq_length() for layer in cache.layers} != {
-                ids.shape[1]
-            }:  # ignored, or more tokens than ours
-                kinds = {"a cache of its own"}
+        if not kinds and not _fills(lm, cache):
+            kinds = {"a cache of its own"}
     if kinds:
         raise ValueError(
             f"Candidate features need full attention in every layer, {name} has {', '.join(sorted(kinds))}: {remedy}."
         )
-    if takes_positions(lm):
-        return
-    # An LM that is not told positions may find them in the attention mask, or need none.
-    padded = torch.nn.functional.pad(ids, (8, 0))
-    alone, after = (lm(input_ids=x, attention_mask=(x > 0).long()).logits[0, -1].float() for x in (ids, padded))
-    reads_alike = (alone - after).abs().max() < 0.05 * (alone.max() - alone.min())
-    if not (has_usual_positions(lm) and reads_alike):
+    if not _overwrites(lm):
         raise ValueError(
             f"Candidate features need to give each token its position, {name} counts by itself: {remedy}."
         )
+
+
+@torch.no_grad()
+def _fills(lm, cache: DynamicCache) -> bool:
+    """Whether the LM keeps what it reads in this cache, and nothing else. Some ignore it, or add own tokens."""
+    lm(input_ids=torch.tensor([[3, 4, 5]], device=lm.device), past_key_values=cache, use_cache=True)
+    return {layer.get_seq_length() for layer in cache.layers} == {3}
+
+
+@torch.no_grad()
+def _overwrites(lm) -> bool:
+    """Tries it. A prompt with padding must read as in `generate`. After `3 4 5 6` one row takes the 6 back and reads a
+    7 in its place, the other reads the 7 next."""
+    text = torch.tensor([[3, 4, 5, 6, 7]], device=lm.device)
+    cache = RowCache.for_lm(lm, prompt_width=3, capacity=5)
+    seen = text.new_ones(2, 5)
+    position = text.new_tensor([[0, 1, 2], [0, 1, 2]])
+
+    def read(ids: torch.Tensor, width: int) -> torch.Tensor:
+        options = {"position_ids": position, "past_key_values": cache, "use_cache": True}
+        return lm(input_ids=ids.expand(2, -1), attention_mask=seen[:, :width], **options).logits[:, -1]
+
+    read(text[:, :3], 3)
+    position = text.new_tensor([[3], [3]])
+    read(text[:, 3:4], cache.set_write_positions(position[:, 0], 1))
+    position = text.new_tensor([[3], [4]])
+    seen[0, 4] = 0
+    found = read(text[:, 4:], cache.set_write_positions(position[:, 0], 1))
+    plain = [lm(input_ids=ids).logits[0, -1] for ids in (text[:, [0, 1, 2, 4]], text)]
+    padded = {"input_ids": text.new_tensor([[0, 0, 3, 4, 5]]), "attention_mask": text.new_tensor([[0, 0, 1, 1, 1]])}
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    plain.append(lm.generate(**padded, **options, pad_token_id=0).logits[0][0])
+    prompt = lm(**padded, position_ids=text.new_tensor([[0, 0, 0, 1, 2]])).logits[:, -1]
+    found, wanted = torch.cat([found, prompt]).float(), torch.stack(plain).float()
+    tolerance = (1e-3 if lm.dtype == torch.float32 else 5e-2) * (wanted.amax() - wanted.amin())
+    return bool((found - wanted).abs().max() < tolerance)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ class CandidateLoop:
     def prefill(self, input_ids, attention_mask, repeats: int, keep_logits: dict) -> None:
         """Reads the prompts, each distinct one once, and forms the first candidates."""
         slots = self.capacity + TREE_CANDIDATES - 1  # room for a tree at the last position
-        self.cache = RowCache(self.lm.config.get_text_config().num_hidden_layers, self.prompt_width, slots)
+        self.cache = RowCache.for_lm(self.lm, self.prompt_width, slots)
         with HiddenStateHook(self.lm, self.config.feature_layers) as states:
             output = self.lm(
                 input_ids=input_ids[::repeats],

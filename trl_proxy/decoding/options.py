@@ -175,7 +175,7 @@ def checked_prompts(lm_config, input_ids, attention_mask, settings: Settings) ->
     width = input_ids.shape[1]
     # 20 new tokens are transformers' own default.
     new_tokens = settings["max_new_tokens"] or (settings["max_length"] or width + 20) - width
-    if limit is not None and width + new_tokens > limit:
+    if limit is not None and 0 < limit < width + new_tokens:  # XLNet has -1
         raise ValueError(
             f"Prompt and response need {width + new_tokens} positions ({width} + {new_tokens}), the LM has "
             f"{limit}: shorten the prompts or `max_new_tokens`."

@@ -66,13 +66,13 @@ class PooledStateHook(HiddenStateHook):
         return super()._to_head(module, args)
 
     def read(self, width: int) -> torch.Tensor:
-        # Without a cache the LM reads the whole text again at every token.
-        if len(self.unread) == 1 and self.unread[0].shape[1] == width:
+        # Without a cache the LM reads the whole text again at every token. XLM reads a mask after it.
+        if is_whole := len(self.unread) == 1 and self.unread[0].shape[1] >= width:
             self._restart()
         for hidden in self.unread:
             self._pool(hidden)
         self.unread.clear()
-        if self.length != width:
+        if self.length != width and not is_whole:
             raise ValueError(
                 f"Pooled features must see the whole text: the LM has read {self.length} of {width} tokens. Leave out "
                 "the option that makes it skip some, or load a proxy with `pooled_features=False`."

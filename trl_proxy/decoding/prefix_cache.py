@@ -59,16 +59,14 @@ def growing_cache(lm: nn.Module) -> DynamicCache | None:
     return cache
 
 
-def has_usual_positions(lm: nn.Module) -> bool:
-    """Whether a position is one number, counted as `generate` counts it; LMs for images may have others."""
-    counted = without_peft(lm)._prepare_position_ids_for_generation.__func__
-    return counted is GenerationMixin._prepare_position_ids_for_generation
-
-
 def takes_positions(lm: nn.Module) -> bool:
-    """Whether the LM takes the position of each token, and reads a text in parts as it reads the whole. Some LMs count
-    for themselves, and some for images let the tokens of a prompt see each other."""
-    return has_usual_positions(lm) and not without_peft(lm).config.sub_configs and "position_ids" in parameters_of(lm)
+    """Whether the LM takes the position of each token as `generate` counts it, and reads a text in parts as it reads
+    the whole. Some LMs count for themselves. Those for images may have positions of several dimensions, or let the
+    tokens of a prompt see each other."""
+    base = without_peft(lm)
+    counted = base._prepare_position_ids_for_generation.__func__
+    plain = counted is GenerationMixin._prepare_position_ids_for_generation
+    return plain and not base.config.sub_configs and "position_ids" in parameters_of(lm)
 
 
 def shared_prefix_length(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 
 class _RowLayer(CacheLayerMixin):
@@ -55,6 +55,11 @@ class RowCache(Cache):
         self.slots: Any = None  # `(rows, n)` int64 after the prompt
         self.start: int | None = 0  # first slot if it is the same for all rows: copying a slice is faster
         super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
+
+    @classmethod
+    def for_lm(cls, lm, prompt_width: int, capacity: int) -> "RowCache":
+        """With as many layers as the cache that `generate` makes for this LM."""
+        return cls(len(DynamicCache(config=lm.config.get_text_config(decoder=True)).layers), prompt_width, capacity)
 
     def set_write_positions(self, slots: torch.Tensor, n: int) -> int:
         """Sets the first write positions `(rows,)` of the next n tokens; returns how many slots their forward sees."""
