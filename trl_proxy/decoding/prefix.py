@@ -102,7 +102,7 @@ def _prefilled(lm, call: GatedCall, states: HiddenStateHook) -> Cache | None:
         cache = prefill(lm, call.input_ids, call.attention_mask, states)
         if cache is None:
             name = type(without_peft(lm)).__name__
-            logger.warning_once(f"{name} cannot continue a text that was read before: each sequence reads its prompt.")
+            logger.warning_once(f"{name} cannot share what it has read: each sequence reads its prompt.")
             return None
         cache.batch_repeat_interleave(call.repeats)
         return cache

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .hidden_states import HiddenStateHook, parameters_of, without_peft
@@ -60,13 +59,9 @@ def growing_cache(lm: nn.Module) -> DynamicCache | None:
 
 
 def takes_positions(lm: nn.Module) -> bool:
-    """Whether the LM takes the position of each token as `generate` counts it, and reads a text in parts as it reads
-    the whole. Some LMs count for themselves. Those for images may have positions of several dimensions, or let the
-    tokens of a prompt see each other."""
-    base = without_peft(lm)
-    counted = base._prepare_position_ids_for_generation.__func__
-    plain = counted is GenerationMixin._prepare_position_ids_for_generation
-    return plain and not base.config.sub_configs and "position_ids" in parameters_of(lm)
+    """Whether the LM takes the position of each token, and reads a text in parts as it reads the whole. Some LMs count
+    for themselves. Those for images may let the tokens of a prompt see each other, and read more than tokens."""
+    return "position_ids" in parameters_of(lm) and not without_peft(lm).config.sub_configs
 
 
 def shared_prefix_length(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> int:

@@ -214,7 +214,7 @@ def test_several_sequences_from_a_state_space_lm(tiny_lm, ragged_batch, monkeypa
     expected = lm.generate(**prompts, do_sample=False, max_new_tokens=12).repeat_interleave(3, dim=0)
     model = ProxyModelForCausalLM(lm, ProxyConfig(pooled_features=pooled))
     assert model.generate(**prompts, max_new_tokens=12, num_return_sequences=3).tolist() == expected.tolist()
-    assert warnings == ["MambaForCausalLM keeps no keys and values: each sequence reads its prompt."]
+    assert warnings == ["MambaForCausalLM cannot share what it has read: each sequence reads its prompt."]
 
 
 @given(data=st.data())

@@ -197,7 +197,9 @@ def test_images_lm_with_text_alone(config_class, kind, ragged_batch):
     lm = AutoModelForImageTextToText.from_config(config).eval()
     model = check_equals(lm, ragged_batch([5, 9]), **KINDS[kind])
     ids = torch.tensor([[5, 6, 7]])
-    output, plain = model(input_ids=ids), lm(input_ids=ids)
+    with record_body(lm) as body:
+        output, plain = model(input_ids=ids), lm(input_ids=ids)
+    assert [states.shape for states in body] == [(1, 3, 64)] * 2, "one for each forward, of two modules that return it"
     assert type(output) is type(plain)
     assert [*output] == [*plain]
     assert torch.equal(output.logits.argmax(-1), plain.logits.argmax(-1))
