@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from eval.report.tables import markdown_table
 from trl_proxy import ProxyConfig
 from trl_proxy.core.features import NUM_SCALARS, part_sizes, state_size
+from trl_proxy.decoding.hidden_states import embedding_size_of
 from trl_proxy.loading import resolve_model
 from trl_proxy.runs.parsing import RecipeParser
 
@@ -141,7 +142,7 @@ class Shape:
             head=head.weight.numel(),
             lora_per_rank=sum(n_out + n_in for n_out, n_in in layers),
             hidden_size=text.hidden_size,
-            embedding_size=lm.get_input_embeddings().embedding_dim,
+            embedding_size=embedding_size_of(lm),
             intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
             vocab_size=text.vocab_size,
             num_layers=text.num_hidden_layers,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from ..decoding.hidden_states import record_body, without_peft
+from ..decoding.hidden_states import record_body, state_size_of, without_peft
 from ..files import make_readable
 from .actor_critic import ActorCriticTrainer
 from .config import PPOConfig
@@ -65,7 +65,7 @@ class PPOTrainer(ActorCriticTrainer):
         # DeepSpeed needs one dtype for all trained parameters, and keeps a float32 copy of them.
         trained = next(p.dtype for p in self.model.parameters() if p.requires_grad)
         dtype = trained if self.is_deepspeed_enabled else torch.float32
-        self._head_owner().value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(
+        self._head_owner().value_head = ValueHead(state_size_of(self._head_owner())).to(
             self.accelerator.device, dtype
         )
         self._passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
