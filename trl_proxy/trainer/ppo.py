@@ -65,9 +65,7 @@ class PPOTrainer(ActorCriticTrainer):
         # DeepSpeed needs one dtype for all trained parameters, and keeps a float32 copy of them.
         trained = next(p.dtype for p in self.model.parameters() if p.requires_grad)
         dtype = trained if self.is_deepspeed_enabled else torch.float32
-        self._head_owner().value_head = ValueHead(state_size_of(self._head_owner())).to(
-            self.accelerator.device, dtype
-        )
+        self._head_owner().value_head = ValueHead(state_size_of(self._head_owner())).to(self.accelerator.device, dtype)
         self._passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._aux_loss: torch.Tensor | None = None
 
