@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..core.config import ProxyConfig
@@ -93,12 +94,22 @@ def _overwrites(lm) -> bool:
     found = read(text[:, 4:], cache.set_write_positions(position[:, 0], 1))
     plain = [lm(input_ids=ids).logits[0, -1] for ids in (text[:, [0, 1, 2, 4]], text)]
     padded = {"input_ids": text.new_tensor([[0, 0, 3, 4, 5]]), "attention_mask": text.new_tensor([[0, 0, 1, 1, 1]])}
-    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    plain.append(lm.generate(**padded, **options, pad_token_id=0).logits[0][0])
+    plain.append(_first_logits(without_peft(lm), padded))
     prompt = lm(**padded, position_ids=text.new_tensor([[0, 0, 0, 1, 2]])).logits[:, -1]
     found, wanted = torch.cat([found, prompt]).float(), torch.stack(plain).float()
     tolerance = (1e-3 if lm.dtype == torch.float32 else 5e-2) * (wanted.amax() - wanted.amin())
     return bool((found - wanted).abs().max() < tolerance)
+
+
+def _first_logits(lm, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits `(vocab,)` from which `generate` takes the first token of one prompt."""
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    # The LM's own configuration may ask for beams, or for a tokenizer.
+    configured, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        return lm.generate(**inputs, **options, pad_token_id=0).logits[0][0]
+    finally:
+        lm.generation_config = configured
 
 
 @torch.no_grad()
