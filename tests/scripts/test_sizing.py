@@ -134,7 +134,7 @@ def test_candidate_features_have_room_for_all_candidates(script, monkeypatch):
     monkeypatch.setattr(RowCache, "__init__", lambda self, *a: (init(self, *a), capacities.append(self.capacity))[0])
     model = ProxyModelForCausalLM(small_lm(), ProxyConfig(features="candidate", max_candidates=4))
     model.generate(torch.randint(4, 96, (2, PROMPT)), max_new_tokens=NEW, eos_token_id=None)
-    assert capacities == [script.gate_slots(settings(script, features="candidate"))]
+    assert capacities[-1] == script.gate_slots(settings(script, features="candidate"))  # after a trial of the LM
 
 
 @pytest.mark.parametrize("layers", [[-1], [0, 1]])

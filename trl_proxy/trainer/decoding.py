@@ -54,7 +54,7 @@ class DecodingMixin(Trainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         lm: Any = self.accelerator.unwrap_model(self.model_wrapped)
         stops = self.decoding.stop_recorder()
-        configured = lm.generation_config
+        configured, own_generate = lm.generation_config, lm.__dict__.get("generate")  # FSDP wraps it
         # Values that the user has switched off must not come back from the LM's own configuration.
         lm.generation_config = self.decoding.generation_config()
         if stops.criteria:
@@ -64,6 +64,8 @@ class DecodingMixin(Trainer):
         finally:
             lm.generation_config = configured
             lm.__dict__.pop("generate", None)
+            if own_generate is not None:
+                lm.generate = own_generate
         token_ids, *others = result if isinstance(result, tuple) else (result,)
         token_ids, self._ended = self.decoding.cut(token_ids, stops)
         return (token_ids, *others) if others else token_ids
