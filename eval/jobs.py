@@ -66,7 +66,7 @@ class CompareArguments(DecodingArguments):
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, if it has some."})
-    split: str = field(default="test", metadata={"help": "Its split, or a part of one: `train[90%:]`."})
+    split: str = field(default="test", metadata={"help": "Its split, or a part of one: `train[90%%:]`."})
     num_prompts: int | None = field(
         default=None, metadata={"help": "Size of a fixed random choice of prompts; all of them by default."}
     )

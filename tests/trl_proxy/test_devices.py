@@ -109,7 +109,8 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(gpu, tmp_path, monkeypatch):
 def test_a_trainer_warns_of_an_lm_that_the_cpu_emulates(trainer, said, tmp_path, monkeypatch, tiny_lm, tiny_tokenizer):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     dataset = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
-    shared = {"reward_funcs": len, "train_dataset": dataset, "processing_class": tiny_tokenizer}
+    reward = lambda prompts, **kwargs: [0.0] * len(prompts)  # noqa: E731
+    shared = {"reward_funcs": reward, "train_dataset": dataset, "processing_class": tiny_tokenizer}
     for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1)):
         lm = tiny_lm("llama", dtype=dtype)
         options = {

@@ -67,10 +67,10 @@ class RunArguments(SystemPromptArguments, ScriptArguments):
         default=None, metadata={"help": "Configuration of a dataset of the hub, or of a folder that has some."}
     )
     dataset_train_split: str = field(
-        default="train", metadata={"help": "Split to train on, or a part of one: `train[:90%]`."}
+        default="train", metadata={"help": "Split to train on, or a part of one: `train[:90%%]`."}
     )
     dataset_test_split: str = field(
-        default="validation", metadata={"help": "Split for evaluation while training, or a part: `train[90%:]`."}
+        default="validation", metadata={"help": "Split for evaluation while training, or a part: `train[90%%:]`."}
     )
     reward_model_name_or_path: str | None = field(
         default=None,
