@@ -41,7 +41,7 @@ def tiny_arguments(script, tmp_path, tiny_lm, tiny_tokenizer):
 def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "MEMORY", ("generate", "prefix", "train"))  # each is its own process
     monkeypatch.setattr(memory, "PRECISIONS", (False,))
-    monkeypatch.setattr(memory, "MEMORY_PROCESSES", 2)
+    monkeypatch.setattr(memory, "MEMORY_PROCESSES", 1)
     script.benchmark(tiny_arguments())
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     cells = {tuple(list(cell.values())[:4]): cell["methods"] for cell in found["cells"]}

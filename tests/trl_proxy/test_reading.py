@@ -618,7 +618,9 @@ def test_every_row_is_evaluated_once(trainer, tmp_path):
             per_device_eval_batch_size=4,
             num_generations_eval=generations,
         )
-        one.reward_funcs[0] = lambda prompts, completions, **columns: seen.extend(prompts) or [0.0] * len(prompts)
+        one.reward_caller.functions[0] = lambda prompts, completions, **columns: (
+            seen.extend(prompts) or [0.0] * len(prompts)
+        )
         seen.clear()
         one.evaluate()
         assert sorted(seen) == sorted(prompts[:number] * generations)

@@ -58,14 +58,13 @@ class RowMetricsMixin(Trainer):
             self._batches += 1
         return super()._generate_and_score_completions(inputs)
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+    def _keep_rows(self, rewards: torch.Tensor, completion_ids_list: list[list[int]]) -> None:
+        """Keeps the rewards `(all B, functions)` and the lengths of an evaluation's batch."""
         if self._is_real is not None:
             rows = zip(completion_ids_list, self._ended, self._is_real, strict=True)
             local = [[len(ids), not ended, real] for ids, ended, real in rows]
             shown = self.accelerator.gather(torch.tensor(local, dtype=rewards.dtype, device=rewards.device))
             self._rows.append(torch.cat([rewards, shown[:, :2]], dim=1)[shown[:, 2].bool()])
-        return rewards
 
     # Sums
 

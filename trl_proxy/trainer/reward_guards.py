@@ -125,7 +125,9 @@ class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
             self._pending_metrics.clear()
             raise RewardError(errors[0])
         values = [[float("nan") if value is None else value for value in of_one] for of_one in rewards]
-        return gather(torch.tensor(values, dtype=torch.float32, device=self.accelerator.device).T.contiguous())
+        gathered = gather(torch.tensor(values, dtype=torch.float32, device=self.accelerator.device).T.contiguous())
+        self._keep_rows(gathered, completion_ids_list)
+        return gathered
 
     def _generate_and_score_completions(self, inputs):
         training = self.model.training

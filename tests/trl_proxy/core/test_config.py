@@ -56,6 +56,7 @@ def test_round_trip(tmp_path):
         embedding_size=48,
         base_model_name_or_path="somewhere/some-lm",
         base_model_sha256="0" * 64,
+        decoding={"system_prompt": "Be brief."},
     )
     defaults = ProxyConfig()
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(defaults, f.name)}
@@ -138,7 +139,7 @@ def test_ppo_refuses_by_name(arguments, cls, field, value):
 
 @pytest.mark.fault
 def test_ppo_refuses_beams(arguments):
-    with pytest.raises(ValueError, match="`num_beams` above 1"):
+    with pytest.raises(ValueError, match="has num_beams=4, which is not supported"):
         PPOConfig(**arguments, generation_kwargs={"num_beams": 4})
     assert PPOConfig(**arguments, generation_kwargs={"num_beams": 1}).generation_kwargs == {"num_beams": 1}
 
