@@ -55,7 +55,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     """The settings in a YAML file. `ValueError` if it is no mapping of names to values, or a name comes twice."""
     try:
         with open(path, encoding="utf-8") as file:
-            recipe = yaml.load(file, _RecipeLoader)
+            recipe = _RecipeLoader(file).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or error
