@@ -20,7 +20,7 @@ from baselines.policy import (
 )
 from baselines.sft import GreedyPolicy
 from trl_proxy.decoding.prefix_cache import prefill
-from trl_proxy.decoding.settings import TRUNCATIONS, DecodingSettings
+from trl_proxy.decoding.settings import TRUNCATIONS
 from trl_proxy.rewards.caller import as_caller
 
 
@@ -65,6 +65,7 @@ class BestOfNPolicy(GreedyPolicy):
         n: samples per prompt.
         temperature, top_p: of the sampling; no other truncation, whatever the model's generation config says.
         seed: sample `k` depends on `seed` and `k` alone: the samples of a smaller `n` are the first of a larger one's.
+        kwargs: as for [`~baselines.policy.DecodingPolicy`].
     """
 
     def __init__(
@@ -74,14 +75,12 @@ class BestOfNPolicy(GreedyPolicy):
         reward,
         *,
         n: int,
-        batch_size: int,
-        max_new_tokens: int | None = None,
-        decoding: DecodingSettings | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
+        **kwargs,
     ):
-        super().__init__(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens, decoding=decoding)
+        super().__init__(model, tokenizer, **kwargs)
         self.reward, self.n = reward, n
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
@@ -107,14 +106,14 @@ class BestOfNPolicy(GreedyPolicy):
                 seconds[k] += spent  # the first sample's include reading the prompts
                 bar.update()
         bar.close()
-        samples = Samples([], [], [], [])
+        samples, reward = Samples([], [], [], []), as_caller(self.reward)
         for k in range(self.n):
             start = time.perf_counter()
             token_ids = in_order(sampled[k])
             texts = decode_texts(self.tokenizer, token_ids)
             samples.texts.append(texts)
             samples.token_ids.append(token_ids)
-            samples.rewards.append(as_caller(self.reward).score(prompts, texts, token_ids, columns))
+            samples.rewards.append(reward.score(prompts, texts, token_ids, columns))
             samples.seconds.append(seconds[k] + time.perf_counter() - start)
         return samples
 

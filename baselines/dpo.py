@@ -83,14 +83,7 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     dataset = check_pairs(dataset, where) if given else dataset
     reward = None if given else _load_reward(run_args, training_args)
     lm, tokenizer = load_policy(model_args, training_args, training_args.device)
-    decoding = DecodingSettings.of(
-        lm,
-        tokenizer,
-        max_new_tokens=run_args.max_completion_length,
-        generation_kwargs=run_args.generation_kwargs,
-        chat_template_kwargs=run_args.chat_template_kwargs,
-        system_prompt=run_args.system_prompt,
-    )
+    decoding = run_args.decoding_of(lm, tokenizer, run_args.max_completion_length)
     # TRL cuts pairs that are too long by `max_length`.
     positions = None if given else decoding.max_positions
     check_prompts(dataset, where, decoding.encode, positions, run_args.max_completion_length)

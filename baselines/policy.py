@@ -60,6 +60,26 @@ class Policy(Protocol):
         ...
 
 
+class DecodingPolicy:
+    """What a policy that decodes is made of.
+
+    Args:
+        decoding: how the model is decoded; by default as model and tokenizer say, up to `max_new_tokens`.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        batch_size: int,
+        max_new_tokens: int | None = None,
+        decoding: DecodingSettings | None = None,
+    ):
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.decoding = decoding or DecodingSettings.of(model, tokenizer, max_new_tokens=max_new_tokens)
+
+
 def generate_batches(
     model, decoding: DecodingSettings, prompts: Prompts, *, batch_size: int, desc: str, **method
 ) -> Iterator[tuple[list[int], list[list[int]], object]]:

@@ -7,38 +7,27 @@ import torch
 
 from baselines.policy import (
     Completions,
+    DecodingPolicy,
     Prompts,
     decode_texts,
     generate_batches,
     in_order,
 )
-from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.decoding.trace import trace, trace_texts
 
 
-class ProxyPolicy:
+class ProxyPolicy(DecodingPolicy):
     """A trained proxy over its frozen LM.
 
     Args:
         model: a [`~trl_proxy.ProxyModelForCausalLM`].
-        decoding: how it is decoded; by default as model and tokenizer say, up to `max_new_tokens`.
         gate_sample: draw the decisions instead of taking the likelier one. The paper decides greedily at test time.
         seed: of the drawn decisions.
+        kwargs: as for [`~baselines.policy.DecodingPolicy`].
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        *,
-        batch_size: int,
-        max_new_tokens: int | None = None,
-        decoding: DecodingSettings | None = None,
-        gate_sample: bool = False,
-        seed: int = 0,
-    ):
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.decoding = decoding or DecodingSettings.of(model, tokenizer, max_new_tokens=max_new_tokens)
+    def __init__(self, model, tokenizer, *, gate_sample: bool = False, seed: int = 0, **kwargs):
+        super().__init__(model, tokenizer, **kwargs)
         self.gate_sample, self.seed = gate_sample, seed
 
     def parameters_report(self) -> dict[str, int]:

@@ -2,30 +2,25 @@
 
 import time
 
-from baselines.policy import LAST_POSITION, Completions, Prompts, decode_texts, generate_batches, in_order
-from trl_proxy.decoding.settings import DecodingSettings
+from baselines.policy import (
+    LAST_POSITION,
+    Completions,
+    DecodingPolicy,
+    Prompts,
+    decode_texts,
+    generate_batches,
+    in_order,
+)
 
 
-class GreedyPolicy:
+class GreedyPolicy(DecodingPolicy):
     """Greedy decoding of a causal LM.
 
     Args:
         model: the plain LM. If a proxy wraps it, this object is still the wrapped LM itself, so the responses are
             those of `with proxy_model.disable_proxy()`.
-        decoding: how it is decoded; by default as model and tokenizer say, up to `max_new_tokens`.
+        kwargs: as for [`~baselines.policy.DecodingPolicy`].
     """
-
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        *,
-        batch_size: int,
-        max_new_tokens: int | None = None,
-        decoding: DecodingSettings | None = None,
-    ):
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.decoding = decoding or DecodingSettings.of(model, tokenizer, max_new_tokens=max_new_tokens)
 
     def parameters_report(self) -> dict[str, int]:
         """Nothing is trained; how many parameters the LM has."""

@@ -22,7 +22,6 @@ from eval.trained import TrainedRun, read_baseline, read_proxy
 from eval.training_logs import TrainingLog
 from eval.trainings import train_missing
 from trl_proxy import ProxyModelForCausalLM
-from trl_proxy.decoding.settings import DecodingSettings
 from trl_proxy.devices import inference_device
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_reward
@@ -54,14 +53,7 @@ class Evaluation:
         )
         lm, self.tokenizer = load_policy(model_args, args, device)
         self.lm = to_device(lm, device)
-        self.decoding = DecodingSettings.of(
-            self.lm,
-            self.tokenizer,
-            max_new_tokens=args.max_new_tokens,
-            generation_kwargs=args.generation_kwargs,
-            chat_template_kwargs=args.chat_template_kwargs,
-            system_prompt=args.system_prompt,
-        )
+        self.decoding = args.decoding_of(self.lm, self.tokenizer, args.max_new_tokens)
         where = f"{args.dataset_name} ({args.split})"
         check_prompts(prompts, where, self.decoding.encode, self.decoding.max_positions, args.max_new_tokens)
         self.policy = {"batch_size": args.batch_size, "decoding": self.decoding}

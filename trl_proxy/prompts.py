@@ -197,6 +197,15 @@ def positions_of(config) -> int | None:
     return limit if limit is not None and limit > 0 else None  # XLNet has -1
 
 
+def check_room(width: int, new_tokens: int, positions: int | None) -> None:
+    """`ValueError` if prompts of this width in tokens and their responses need more positions than the LM has."""
+    if positions is not None and width + new_tokens > positions:
+        raise ValueError(
+            f"Prompt and response need {width + new_tokens} positions ({width} + {new_tokens}), the LM has "
+            f"{positions}: shorten the prompts or `max_new_tokens`."
+        )
+
+
 def _rendered(prompts: list, start: int, where: str, render: Callable) -> list[list[int]]:
     try:
         return render(prompts)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..core.config import ProxyConfig
 from ..core.rollout import Decisions, Rollout
+from ..prompts import check_room, positions_of
 from .settings import REFUSED, TRUNCATIONS
 
 logger = logging.get_logger(__name__)
@@ -171,15 +172,10 @@ def checked_prompts(lm_config, input_ids, attention_mask, settings: Settings) ->
         attention_mask = (input_ids != pad).long() if known else torch.ones_like(input_ids)
     if (attention_mask[:, -1] == 0).any():
         raise ValueError("The prompts are padded on the right: set `tokenizer.padding_side = 'left'`.")
-    limit = getattr(lm_config.get_text_config(), "max_position_embeddings", None)
     width = input_ids.shape[1]
     # 20 new tokens are transformers' own default.
     new_tokens = settings["max_new_tokens"] or (settings["max_length"] or width + 20) - width
-    if limit is not None and 0 < limit < width + new_tokens:  # XLNet has -1
-        raise ValueError(
-            f"Prompt and response need {width + new_tokens} positions ({width} + {new_tokens}), the LM has "
-            f"{limit}: shorten the prompts or `max_new_tokens`."
-        )
+    check_room(width, new_tokens, positions_of(lm_config))
     return input_ids, attention_mask
 
 

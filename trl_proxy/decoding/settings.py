@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.utils import logging
 from trl import is_conversational
 
-from ..prompts import check_chat_template, length_buckets, positions_of
+from ..prompts import check_chat_template, check_room, length_buckets, positions_of
 
 logger = logging.get_logger(__name__)
 
@@ -299,11 +299,7 @@ class DecodingSettings:
             `ValueError`: the longest prompt and its response need more positions than the LM has.
         """
         width = inputs["input_ids"].shape[1]
-        if self.max_positions is not None and width + self.max_new_tokens > self.max_positions:
-            raise ValueError(
-                f"Prompt and response need {width + self.max_new_tokens} positions ({width} + {self.max_new_tokens}), "
-                f"the LM has {self.max_positions}: shorten the prompts or the responses."
-            )
+        check_room(width, self.max_new_tokens, self.max_positions)
         stops = self.stop_recorder()
         output = model.generate(
             **inputs,

@@ -67,7 +67,7 @@ class ModelWithProxies(PreTrainedModel):
                     f"The proxy was made for an LM with {key}={getattr(config, key)}, this one has {size}: "
                     "load it with the LM that it was trained on."
                 )
-        if config.features == "candidate":
+        if config.features == "candidate" and not any(p.config.features == "candidate" for p in self.proxies.values()):
             check_overwritable(self.lm)
         readers = [reader_of(self.lm, layer) for layer in config.feature_layers]
         if len(set(readers)) < len(readers):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
-from ..decoding.settings import check_generation_kwargs, with_system_prompt
+from ..decoding.settings import DecodingSettings, check_generation_kwargs, with_system_prompt
 from ..devices import half_dtype, is_main_process
 from ..loading import EMBEDDED, load_lm, load_prompts, load_reward
 from ..reading import UnknownSplit
@@ -50,6 +50,17 @@ class DecodingArguments(SystemPromptArguments):
             if getattr(self, name) is not None:
                 parse_dicts(self, name)
         check_generation_kwargs(self.generation_kwargs)  # type: ignore[arg-type]  # parsed just now
+
+    def decoding_of(self, lm, tokenizer, max_new_tokens: int) -> DecodingSettings:
+        """The decoding settings of an LM with these arguments."""
+        return DecodingSettings.of(
+            lm,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            generation_kwargs=self.generation_kwargs,  # type: ignore[arg-type]
+            chat_template_kwargs=self.chat_template_kwargs,  # type: ignore[arg-type]
+            system_prompt=self.system_prompt,
+        )
 
 
 @dataclass

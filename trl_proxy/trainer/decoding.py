@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, Trainer
 
 from ..decoding.settings import DecodingSettings
+from .metrics import metrics_of_ends
 
 
 def settings_of(args) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def settings_of(args) -> dict[str, Any]:
 
 
 class DecodingMixin(Trainer):
-    """A mixin to list before TRL's RLOOTrainer or GRPOTrainer: rollouts and evaluation decode as [`DecodingSettings`]
-    say. TRL's own sampling fields (`temperature`, `top_p`, ...) stay.
+    """A mixin to list before [`RowMetricsMixin`] and TRL's RLOOTrainer or GRPOTrainer: rollouts and evaluation decode
+    as [`DecodingSettings`] say. TRL's own sampling fields (`temperature`, `top_p`, ...) stay.
 
     Attributes:
         decoding: the settings.
@@ -80,9 +81,6 @@ class DecodingMixin(Trainer):
         """TRL counts a response that ends by a stop string as cut off."""
         device = self.accelerator.device
         lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in token_ids], device=device)).float()
-        ended = self.accelerator.gather(torch.tensor(self._ended, device=device))
-        terminated = lengths[ended] if ended.any() else torch.zeros(1)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["completions/clipped_ratio"][-1] = 1.0 - ended.float().mean().item()
-        for name in ("mean", "min", "max"):
-            metrics[f"completions/{name}_terminated_length"][-1] = getattr(terminated, name)().item()
+        cut = ~self.accelerator.gather(torch.tensor(self._ended, device=device))
+        for name, value in metrics_of_ends(lengths, cut).items():
+            self._metrics[self._mode][name][-1] = value.item()

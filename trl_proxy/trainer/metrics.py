@@ -131,15 +131,20 @@ class RowMetricsMixin(Trainer):
         rewards, lengths, cut = rows[:, :-2], rows[:, -2], rows[:, -1].bool()
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
         total[rewards.isnan().all(-1)] = torch.nan
-        ended = lengths[~cut] if not cut.all() else torch.zeros(1)
         metrics = {f"completions/{k}_length": v for k, v in _spread(lengths).items()}
-        metrics |= {f"completions/{k}_terminated_length": v for k, v in _spread(ended).items()}
-        metrics |= {"completions/clipped_ratio": cut.float().mean(), "reward": total.nanmean()}
+        metrics |= {**metrics_of_ends(lengths, cut), "reward": total.nanmean()}
         metrics["reward_std"] = nanstd(total)
         for i, name in enumerate(self.reward_func_names):
             metrics[f"rewards/{name}/mean"] = rewards[:, i].nanmean()
             metrics[f"rewards/{name}/std"] = nanstd(rewards[:, i])
         return {name: value.item() for name, value in metrics.items()}
+
+
+def metrics_of_ends(lengths: torch.Tensor, cut: torch.Tensor) -> dict[str, torch.Tensor]:
+    """TRL's metrics of responses that have an end: their `(B,)` lengths, and which were cut off, `(B,)` bool."""
+    ended = lengths[~cut] if not cut.all() else torch.zeros(1)
+    metrics = {f"completions/{k}_terminated_length": v for k, v in _spread(ended).items()}
+    return {**metrics, "completions/clipped_ratio": cut.float().mean()}
 
 
 def _spread(x: torch.Tensor) -> dict[str, torch.Tensor]:
