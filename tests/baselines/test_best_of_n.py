@@ -72,7 +72,7 @@ def test_samples_come_from_the_whole_distribution(policy, tiny_lm):
     lm = tiny_lm()
     with torch.no_grad():
         lm.get_output_embeddings().weight.mul_(0.02)  # not zero: equal logits would all survive a top-k
-    lm.generation_config.top_p, lm.generation_config.temperature = 0.1, 1e-3
+    lm.generation_config.update(top_p=0.1, temperature=1e-3, min_p=0.9, typical_p=0.1, epsilon_cutoff=0.1)
     samples = policy(1, lm=lm, max_new_tokens=1).sample(["a"] * 900)
     counts = np.bincount([ids[0] for ids in samples.token_ids[0]], minlength=96)
     assert (counts > 0).sum() > 90

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import UnionType
@@ -72,12 +73,16 @@ def _or_none(convert: Callable) -> Callable:
     return convert_or_none
 
 
+_BUILDING = threading.Lock()  # TRL's parser changes the types of the dataclasses' own fields and sets them again
+
+
 class RecipeParser(TrlParser):
     """[`~trl.TrlParser`] that reads a value of a recipe as it reads the same words on the command line. A mistake in
     either is a `ValueError` of one sentence."""
 
     def __init__(self, dataclass_types=None, **kwargs):
-        super().__init__(dataclass_types, **kwargs)
+        with _BUILDING:
+            super().__init__(dataclass_types, **kwargs)
         self._kinds: dict[str, dict] = {}  # option -> the types that it takes: list -> list[int], int -> int, ...
         for one in self.dataclass_types:
             for name, hint in get_type_hints(one).items():

@@ -47,8 +47,6 @@ class DecodingMixin(Trainer):
         self.eos_token_ids = self.decoding.eos_token_ids
         if hasattr(self, "generation_config"):  # else an engine generates
             options = {**self.generation_kwargs, **self.decoding.generation_config().to_diff_dict()}
-            if "repetition_penalty" not in self.decoding.options:
-                del options["repetition_penalty"]
             self.generation_config = GenerationConfig(**options | {"stop_strings": None, "disable_compile": True})
         self._ended: list[bool] = []  # whether each response of the latest rollout has an end
 

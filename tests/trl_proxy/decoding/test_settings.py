@@ -207,6 +207,24 @@ def test_processors_criteria_and_streamers_see_what_transformers_shows(
     assert [shape(call) for call in gated.calls[:steps]] == [shape(call) for call in plain.calls[:steps]]
 
 
+@pytest.mark.parametrize("tree", [False, True])
+def test_rows_that_wait_for_each_other_decide_and_cost_the_same(tiny_lm, ragged_batch, with_random_gate, tree):
+    """With a criterion that never ends a row all rows advance in step. The tokens, decisions and counts stay."""
+    config = ProxyConfig(features="candidate", p_t=0.001, gate_hidden_sizes=[8])
+    model = with_random_gate(tiny_lm(), config)
+    options = {**ragged_batch([3, 9, 5, 7]), "max_new_tokens": NEW_TOKENS, "output_rollout": True, "tree": tree}
+    alone, in_step = (
+        model.generate(**options, stopping_criteria=criteria)
+        for criteria in (None, [lambda ids, scores: ids[:, 0] < 0])
+    )
+    assert torch.equal(in_step.sequences, alone.sequences)
+    for name, values in alone.decisions._asdict().items():
+        assert torch.equal(getattr(in_step.decisions, name), values), name
+    assert alone.decisions.rank_sum.unique().numel() > 1, "some rows wait"
+    for name in ("token_ids", "positions", "accept", "mask"):
+        assert torch.equal(getattr(in_step.rollout, name), getattr(alone.rollout, name)), name
+
+
 def test_the_proxy_keeps_how_its_lm_was_decoded_and_generate_does_the_same(
     tiny_lm, tiny_tokenizer, tmp_path, monkeypatch
 ):

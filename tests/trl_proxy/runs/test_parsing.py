@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import example, given
@@ -52,6 +54,18 @@ def test_help_all_shows_every_option_once(parser, capsys):
     assert set(shown) == known
     number = int(re.search(r"(\d+) more options", parser.format_help())[1])
     assert number == len(known) - len(options(parser.format_help()))
+
+
+def test_parsers_are_built_in_threads():
+    """As the cells of a sweep do. TRL's parser changes the dataclass's own fields while it reads them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            built = list(pool.map(lambda _: RecipeParser(ProxyPPOConfig).defaults(), range(16)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(defaults == built[0] for defaults in built)
 
 
 def test_help_of_every_method(load_script, capsys):
