@@ -273,10 +273,10 @@ def fork_server(tmp_path_factory):
         time.sleep(0.05)
 
     def start(argv, cwd, log, **env):
-        with open(log, "ab") as file:
-            output = (file.fileno(), file.fileno())
+        with open(log, "ab") as file, open(os.devnull, "rb") as nothing:
+            files = (nothing.fileno(), file.fileno(), file.fileno())
             env = {**environment, "PYTHONPATH": f"{root}{os.pathsep}{cwd}", **env}
-            return module.Script(path, [str(x) for x in argv], str(cwd), env, output)
+            return module.Script(path, [str(x) for x in argv], str(cwd), env, files)
 
     start.python = f"{path}.sh"
     yield start

@@ -22,6 +22,9 @@ import threading
 # What the scripts import, at the top of their files and later.
 IMPORTED = (
     "baselines.best_of_n",
+    "gguf",
+    "transformers.modeling_gguf_pytorch_utils",
+    "trl_proxy.embedded.lm",
     "trl_proxy.rewards.classifier",
     "datasets.io.json",
     "eval.plots.comparison",
@@ -38,17 +41,17 @@ class Script:
         server: path of its socket.
         argv: the script and its arguments.
         cwd, env: its working folder and environment.
-        outputs: file descriptors for its output and its errors.
+        files: file descriptors for its input, its output and its errors.
 
     Attributes:
         pid: of the process, the leader of its own session.
     """
 
-    def __init__(self, server: str, argv: list[str], cwd: str, env: dict[str, str], outputs: tuple[int, int]):
+    def __init__(self, server: str, argv: list[str], cwd: str, env: dict[str, str], files: tuple[int, int, int]):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(server)
         request = json.dumps({"argv": argv, "cwd": cwd, "env": env}).encode()
-        self.socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", outputs))])
+        self.socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
         self.answers = self.socket.makefile()
         self.pid = int(self.answers.readline())
 
@@ -81,7 +84,7 @@ def serve(path: str) -> None:
 
 
 def _attend(connection: socket.socket, launcher: str) -> None:
-    message, control, *_ = connection.recvmsg(1 << 16, socket.CMSG_SPACE(8))
+    message, control, *_ = connection.recvmsg(1 << 16, socket.CMSG_SPACE(12))
     if child := os.fork():
         with contextlib.suppress(OSError):  # the client may be gone
             connection.sendall(f"{child}\n".encode())
@@ -91,8 +94,9 @@ def _attend(connection: socket.socket, launcher: str) -> None:
         os._exit(0)
     connection.close()
     os.setsid()
-    for fd, target in zip(array.array("i", control[0][2]), (1, 2)):
+    for fd, target in zip(array.array("i", control[0][2]), (0, 1, 2)):
         os.dup2(fd, target)
+        os.close(fd)
     request = json.loads(message)
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -125,7 +129,7 @@ def _run_script() -> int:
 
 
 def _stand_for(server: str, argv: list[str]) -> int:
-    script = Script(server, argv, os.getcwd(), dict(os.environ), (1, 2))
+    script = Script(server, argv, os.getcwd(), dict(os.environ), (0, 1, 2))
     signal.signal(signal.SIGTERM, lambda signum, frame: os.kill(script.pid, signum))
     status = script.wait()
     return 128 - status if status < 0 else status
