@@ -97,6 +97,11 @@ def _attend(connection: socket.socket, launcher: str) -> None:
     for fd, target in zip(array.array("i", control[0][2]), (0, 1, 2)):
         os.dup2(fd, target)
         os.close(fd)
+    # The server's own objects know what its files can do.
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(fd, mode, buffering=1, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        for fd, mode in enumerate(("r", "w", "w"))
+    )
     request = json.loads(message)
     os.chdir(request["cwd"])
     os.environ.clear()
