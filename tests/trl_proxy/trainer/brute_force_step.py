@@ -1,7 +1,7 @@
 """A whole step of PPO as slowly and plainly as it can be written, to compare the trainers with.
 
-One response and one action at a time, in float64, from what a rollout recorded to the gradients of its updates: scores,
-group baseline, shaping, prices, advantages, whitening, losses, metrics. Nothing of TRL or `trl_proxy` is used. An
+One response and one action at a time, in float64, from what a rollout recorded to what its updates do: scores, group
+baseline, shaping, prices, advantages, whitening, losses, slopes, metrics. Nothing of TRL or `trl_proxy` is used. An
 action is a decision of the gate, or a token if the LM itself is trained. `options` holds the settings by their names.
 """
 
@@ -143,10 +143,10 @@ def score_rollout(rollout: list[Response], options: dict, evaluate: Callable, tr
             estimate_advantages(response.actions, options["gamma"], options["gae_lambda"])
     advantages = [action.advantage for response in rollout for action in response.actions]
     mean = sum(advantages) / max(len(advantages), 1)
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in advantages) / max(len(advantages), 1))
+    deviation = math.sqrt(variance(advantages) + 1e-8)
     for action in (action for response in rollout for action in response.actions):
         whiten = options["normalize_advantages"]
-        action.learned_advantage = (action.advantage - mean) / (deviation + 1e-8) if whiten else action.advantage
+        action.learned_advantage = (action.advantage - mean) / deviation if whiten else action.advantage
 
 
 def price(action: Action, options: dict) -> float:

@@ -1,12 +1,6 @@
-"""Tiny trainings that record what they did, and their comparison with the twin of `brute_force_step.py`.
-
-As a script it is one process of several: it trains by the options of a JSON file, and the first process compares.
-"""
+"""Tiny trainings that record what they did, and their comparison with the twin of `brute_force_step.py`."""
 
 import copy
-import json
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +23,16 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 
 def spelling(prompts, completions, **kwargs):
     """A number for each text, of both signs."""
-    return [sum((ord(c) * (i + 3)) % 11 - 5 for i, c in enumerate(p + text)) / 6 for p, text in zip(prompts, completions)]
+    return [
+        sum((ord(c) * (i + 3)) % 11 - 5 for i, c in enumerate(p + text)) / 6 for p, text in zip(prompts, completions)
+    ]
 
 
 def capitals(prompts, completions, **kwargs):
     """Applies to some texts only."""
-    return [None if len(p + text) % 3 == 0 else sum(c.isupper() for c in text) / 2 for p, text in zip(prompts, completions)]
+    return [
+        None if len(p + text) % 3 == 0 else sum(c.isupper() for c in text) / 2 for p, text in zip(prompts, completions)
+    ]
 
 
 @dataclass
@@ -150,10 +148,16 @@ def make_trainer(options: dict, tokenizer: PreTrainedTokenizerFast, output_dir: 
         more["peft_config"] = LORA
     else:
         config = {"p_t": 0.02, "max_candidates": 4, "gate_hidden_sizes": [4], **proxy}
-        model, trainer_class, config_class = ProxyModelForCausalLM(lm, ProxyConfig(**config)), RecordedProxyPPO, ProxyPPOConfig
+        model, trainer_class, config_class = (
+            ProxyModelForCausalLM(lm, ProxyConfig(**config)),
+            RecordedProxyPPO,
+            ProxyPPOConfig,
+        )
         randomise(model.proxy, seed + 1)
         if new:
             nn.init.zeros_(model.gate.mlp[-1].weight)
+            for network in (model.gate, model.critic):
+                network.standardise(torch.zeros_like(network.feature_mean), torch.ones_like(network.feature_std))
     data = Dataset.from_dict({"prompt": PROMPTS})
     trainer = trainer_class(
         model=model, reward_funcs=[globals()[name] for name in names], args=config_class(**settings),
@@ -167,11 +171,13 @@ def make_trainer(options: dict, tokenizer: PreTrainedTokenizerFast, output_dir: 
 
 
 def train(options: dict, tokenizer: PreTrainedTokenizerFast, output_dir: str):
-    """A trainer of `make_trainer` after an evaluation, training and another evaluation."""
+    """A trainer of `make_trainer` after training and an evaluation; a new gate is evaluated before as well, which must
+    not set the moments of its input."""
     trainer = make_trainer(options, tokenizer, output_dir)
-    trainer.evaluate()
-    trainer.batches_evaluated = len(trainer.evaluated)
+    if options.get("new_gate"):
+        trainer.evaluate()
     trainer.train()
+    trainer.evaluated.clear()
     trainer.evaluation = trainer.evaluate()
     return trainer
 
@@ -212,9 +218,13 @@ class Comparison:
                 parts = self.rollouts[len(scored)]
                 responses = [self.responses(part) for part in parts]
                 scored.append(responses)
-                if not self.lm_itself and not self.moments and not parts[0].weights[LAST_OF_GATE].any():
+                decisions = sum(len(x.actions) for of_rank in responses for x in of_rank)
+                is_new = not self.lm_itself and not self.moments and not parts[0].weights[LAST_OF_GATE].any()
+                if is_new and decisions > 1:
                     self.moments = twin.standardise([x for of_rank in responses for x in of_rank])
                 expected |= self.score([x for of_rank in responses for x in of_rank], parts[0].weights)
+                if self.options["normalize_advantages"] and is_degenerate(responses):
+                    return
                 for rank, part in enumerate(parts):
                     self.check_rows(rank, part, [one[rank] for one in scored[-self.replay :]])
             actions = []
@@ -240,23 +250,23 @@ class Comparison:
                 close(network.feature_std, self.moments[1], "deviation of the gate's input")
 
     def check_evaluation(self) -> None:
-        """The last one that the trainer has made."""
-        batches = self.evaluated[-self.trainer.batches_evaluated :]
         missing, evaluated = len(self.trainer.eval_dataset) * self.trainer.num_generations_eval, []
-        for parts in batches:
+        for parts in self.evaluated:
             batch = [response for part in parts for response in self.responses(part)][:missing]
             missing -= len(batch)
             self.score(batch, parts[0].weights, training=False)  # advantages are whitened for each batch
             evaluated += batch
-        evaluate, _ = self.evaluator(batches[-1][0].weights)
+        evaluate, _ = self.evaluator(self.evaluated[-1][0].weights)
         with torch.no_grad():
-            expected = self.score(evaluated, batches[-1][0].weights, training=False, again=True)
+            expected = self.score(evaluated, self.evaluated[-1][0].weights, training=False, again=True)
             actions = [action for response in evaluated for action in response.actions]
             expected |= twin.update(actions, self.options, *(x.tolist() for x in evaluate(actions))).metrics
         for name, value in expected.items():
             close(self.trainer.evaluation[f"eval_{name}"], value, f"{name} of the evaluation")
 
-    def score(self, rollout: list[twin.Response], weights, training: bool = True, again: bool = False) -> dict[str, float]:
+    def score(
+        self, rollout: list[twin.Response], weights, training: bool = True, again: bool = False
+    ) -> dict[str, float]:
         """Scores a rollout, or with `again` leaves it as it is; the metrics of it."""
         evaluate, _ = self.evaluator(weights)
         group = self.args.num_generations if training else self.trainer.num_generations_eval
@@ -349,6 +359,8 @@ class Comparison:
         head = lm.get_base_model().value_head["linear"]
 
         def evaluate(actions: list[twin.Action]):
+            if not actions:
+                return (torch.zeros(0, dtype=torch.float64),) * 3
             outputs = {}
             for action in actions:
                 if tuple(action.text) not in outputs:
@@ -363,6 +375,12 @@ class Comparison:
             return [torch.stack(x) for x in (log_probs, entropies, values)]
 
         return evaluate, {name: p for name, p in lm.named_parameters() if p.requires_grad}
+
+
+def is_degenerate(rollout: list[list[twin.Response]]) -> bool:
+    """Whether all advantages are nearly the same: whitened, they are what rounding left of their differences."""
+    found = [action.advantage for part in rollout for response in part for action in response.actions]
+    return len(found) > 1 and twin.variance(found) < 1e-6
 
 
 def close(found, expected, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The trainers against `brute_force_step.py`: scores, advantages, losses, gradients and metrics of random trainings."""
+"""The trainers against `brute_force_step.py`: scores, advantages, losses, gradients and metrics of tiny trainings."""
 
 import hypothesis.strategies as st
 import pytest
@@ -43,7 +43,15 @@ EXAMPLES = {
     },
     "replay": {**LOSS, "replay_rollouts": 3, "updates": 5, "num_iterations": 1},
     "replay of parts": {**LOSS, **PASSES, "replay_rollouts": 2, "updates": 12, "offload_rollouts": True},
-    "cut off": {"mask_truncated_completions": True, "missing_eos_penalty": 0.6, "normalize_advantages": False},
+    "accumulation": {**LOSS, **PASSES, "gradient_accumulation_steps": 2, "updates": 4, "replay_rollouts": 2},
+    "accumulation over passes": {**LOSS, **PASSES, "gradient_accumulation_steps": 4, "updates": 2},
+    "cut off": {
+        "mask_truncated_completions": True,
+        "missing_eos_penalty": 0.6,
+        "normalize_advantages": False,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 2,
+    },
     "clipped scores": {"reward_clip_range": [-0.4, 0.7], "missing_eos_penalty": 0.6, "group_baseline": False},
     "one generation": {"num_generations": 1, **LOSS},
     "four generations, two in evaluation": {"num_generations": 4, "num_generations_eval": 2, "rollout_batch_size": 2},
@@ -64,14 +72,16 @@ def test_training_equals_the_twin(recorded_training, tiny_tokenizer, tmp_path, n
 @st.composite
 def trainings(draw):
     """Options that fit each other."""
-    generations, passes = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    generations = draw(st.integers(1, 3))
+    parts, iterations, accumulated = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2)]))
     options = {
         "seed": draw(st.integers(0, 999)),
         "num_generations": generations,
         "num_generations_eval": draw(st.integers(1, 2)),
         "per_device_train_batch_size": generations * draw(st.integers(1, 2)),
-        "num_iterations": draw(st.integers(1, 2)),
-        "steps_per_generation": passes,
+        "num_iterations": iterations,
+        "steps_per_generation": parts,
+        "gradient_accumulation_steps": accumulated,
         "replay_rollouts": draw(st.integers(1, 3)),
         "updates": 4,
         "max_completion_length": draw(st.integers(2, 6)),
@@ -116,7 +126,7 @@ def test_random_trainings_equal_the_twin(recorded_training, tiny_tokenizer, tmp_
 
 LM_EXAMPLES = {
     "defaults": {"num_iterations": 2},
-    "losses": {**LOSS, "num_iterations": 2, "steps_per_generation": 2, "beta": 0.3},
+    "losses": {**LOSS, **PASSES, "updates": 2, "gradient_accumulation_steps": 2, "beta": 0.3},
     "without whitening": {"beta": 0.5, "normalize_advantages": False, "temperature": 0.8, **REWARDS},
     "cut off": {"mask_truncated_completions": True, "missing_eos_penalty": 0.6, "num_generations": 1},
 }
@@ -124,6 +134,6 @@ LM_EXAMPLES = {
 
 @pytest.mark.parametrize("name", LM_EXAMPLES)
 def test_ppo_on_the_lm_equals_the_twin(recorded_training, tiny_tokenizer, tmp_path, name):
-    options = {"lm_itself": True, "num_generations": 2, "updates": 4, "learning_rate": 0.02, "seed": 3}
+    options = {"lm_itself": True, "num_generations": 2, "updates": 2, "learning_rate": 0.02, "seed": 3}
     options |= LM_EXAMPLES[name]
     recorded_training.check(recorded_training.train(options, tiny_tokenizer, str(tmp_path)), options)
