@@ -1,6 +1,7 @@
 """Fixtures that all tests share: one thread, fixed seeds, tiny language models and a tokenizer built in memory."""
 
 import functools
+import gc
 import importlib.util
 import os
 import random
@@ -51,6 +52,12 @@ torch.set_num_threads(1)
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_collection_finish(session):
+    # Every training collects garbage, and takes most of a second to look at all that was imported.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +223,14 @@ def brute_force():
 def load_two_ranks():
     """The module `two_ranks.py` next to this file."""
     return _load(Path(__file__).parent / "two_ranks.py")
+
+
+@pytest.fixture(scope="session")
+def recorded_training():
+    """The module `trl_proxy/trainer/recorded_training.py`."""
+    folder = Path(__file__).parent / "trl_proxy" / "trainer"
+    _load(folder / "brute_force_step.py")
+    return _load(folder / "recorded_training.py")
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ TRAINER = {
     "_calculate_rewards": "inputs prompts completions completion_ids_list",
     "add_callback": "callback",
     "_compute_loss": "model inputs",
+    "_prepare_inputs": "generation_batch",
     "_generate_and_score_completions": "inputs",
     "_generate_single_turn": "prompt_ids images multimodal_fields",
     "_get_output_dir": "trial",

@@ -39,6 +39,11 @@ def half_dtype(device: str | torch.device) -> str:
     return "float32" if torch.device(device).type == "cpu" else "float16"
 
 
+def exact_dtype(device: str | torch.device) -> torch.dtype:
+    """The dtype for sums over a whole rollout: float64 if the device has it."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def warn_of_emulation(dtype: str | torch.dtype | None, device: str | torch.device) -> None:
     """Warns, once, if an LM of this dtype would run in bfloat16 that the device emulates."""
     if dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16(device):

@@ -51,8 +51,8 @@ class ProxyMLP(nn.Module):
 
     @property
     def is_new(self) -> bool:
-        """Whether the last layer is still zero, so that the output does not depend on the features."""
-        return not self.mlp[-1].weight.any()
+        """Whether it has no moments yet, and the last layer is still zero: the output does not depend on either."""
+        return not (self.mlp[-1].weight.any() or self.feature_mean.any())
 
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Sets the moments, `(sum(part_sizes),)` each, of the parts after LayerNorm over typical features."""

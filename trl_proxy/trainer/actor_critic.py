@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ..devices import warn_of_emulation
+from ..devices import exact_dtype, warn_of_emulation
 from .advantages import gae, step_rewards
 from .config import PPOConfig
 from .decoding import DecodingMixin
@@ -37,8 +37,14 @@ class _EpochSampler(RepeatSampler):
 
 
 class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOOTrainer):
-    """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`."""
+    """PPO's shared core. Subclasses provide `_collect` and `_evaluate_actions`.
 
+    The loss of an optimizer update is a mean over all its steps, those of all processes and of all micro-batches of
+    the gradient accumulation.
+    """
+
+    # `_compute_loss` returns a micro-batch's share of the update's loss: transformers must not divide it again.
+    loss_is_scaled_for_ga = True
     # Arguments that the trainer cannot have -> the rest of a sentence.
     _refused_arguments: dict[str, str] = {}
 
@@ -52,6 +58,8 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         _refuse_processor(self.processing_class)  # TRL may have loaded it
         warn_of_emulation(self.model.get_input_embeddings().weight.dtype, self.accelerator.device)
+        self._counted: list[dict] | None = None  # the micro-batches of a rollout, as TRL buffers them
+        self._counts: list[int] = []  # the steps of each, of all processes
 
     # What subclasses provide
 
@@ -150,13 +158,15 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
     def _whitened(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Advantages of mean 0 and deviation 1 over the steps of the mask, zero outside."""
         # (5) Whitening over processes: each has a part of the rollout, and all must use the same moments.
+        exact = advantages.to(exact_dtype(advantages.device))
         total = self.accelerator.reduce(
-            torch.stack([x.double().sum() for x in (mask, advantages, advantages**2)]), reduction="sum"
+            torch.stack([mask.sum().to(exact), exact.sum(), exact.square().sum()]), reduction="sum"
         ).tolist()
         n = max(total[0], 1.0)
         mean = total[1] / n
-        std = max(total[2] / n - mean**2, 0.0) ** 0.5
-        return (advantages - mean) / (std + 1e-8) * mask
+        variance = max(total[2] / n - mean**2, 0.0)
+        # Advantages that differ only by rounding stay near zero.
+        return (advantages - mean) / (variance + 1e-8) ** 0.5 * mask
 
     def _derived(self, means):
         """Adds the critic's explained variance, from the moments of the returns and of its errors."""
@@ -178,6 +188,21 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
         return output
 
     # Loss
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL's micro-batch, in training with `update_steps`: the steps of all micro-batches of its update, of all
+        processes."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            return inputs
+        if self._counted is not self._buffered_inputs:  # a new rollout
+            self._counted = self._buffered_inputs
+            counts = torch.stack([batch["action_mask"].sum() for batch in self._buffered_inputs])
+            self._counts = self.accelerator.reduce(counts, reduction="sum").tolist()
+        accumulated = self.args.gradient_accumulation_steps
+        first = self._step - self._step % accumulated
+        of_update = [self._counts[i % len(self._counts)] for i in range(first, first + accumulated)]
+        return {**inputs, "update_steps": sum(of_update)}
 
     def _loss(self, policy, value, entropy):
         return policy + self.args.vf_coef * value - self.args.entropy_coef * entropy
@@ -201,7 +226,11 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
                 "clip_ratio": clip_fraction(log_probs, old, mask, *clip),
             }
             self._add_ratios({name: (x * mask.sum(), mask.sum()) for name, x in logged.items()})
-        return self._loss(policy_loss, value_loss, entropy)
+        loss = self._loss(policy_loss, value_loss, entropy)
+        if "update_steps" not in inputs:
+            return loss
+        # Micro-batches are added up, and the processes' gradients averaged.
+        return loss * (mask.sum() * self.accelerator.num_processes / max(inputs["update_steps"], 1))
 
     # Data order
 

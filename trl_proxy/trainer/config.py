@@ -82,6 +82,13 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
             # RLOO needs two generations for its leave-one-out baseline, and that check is the parent's last statement.
             if not (self.num_generations == 1 and "at least 2 generations" in str(error)):
                 raise
+        minibatches = self.steps_per_generation * self.num_iterations
+        if minibatches % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, which does not divide the "
+                f"{minibatches} minibatches of a rollout (`steps_per_generation` x `num_iterations`): choose a "
+                "divisor, because an update learns from whole minibatches of one rollout."
+            )
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")

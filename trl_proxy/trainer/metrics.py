@@ -5,13 +5,14 @@ last batch is smaller. With several processes it also counts the rows that accel
 """
 
 import math
-from collections import defaultdict
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 from trl.trainer.utils import nanstd
+
+from ..devices import exact_dtype
 
 
 class RowMetricsMixin(Trainer):
@@ -24,9 +25,8 @@ class RowMetricsMixin(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._sums: dict[str, defaultdict[str, list[float]]] = {
-            mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")
-        }
+        # Of this process, `(metrics, 2)` on its device: the numerators and denominators of metrics by their names.
+        self._sums: dict[str, dict[tuple[str, ...], torch.Tensor]] = {"train": {}, "eval": {}}
         # Of an evaluation: rewards, length and whether it was cut off, of the rows of each batch.
         self._rows: list[torch.Tensor] = []
         self._batches = 0
@@ -74,29 +74,32 @@ class RowMetricsMixin(Trainer):
         Args:
             ratios: name -> what to add to both sums: `(B,)` with a row's share, or this process's part as a number.
         """
-        exact = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        device = self.accelerator.device
 
         def added(x: torch.Tensor | float) -> torch.Tensor:
-            x = torch.as_tensor(x, device=self.accelerator.device).detach().to(exact)
+            x = torch.as_tensor(x, device=device).detach().to(exact_dtype(device))
             if x.ndim and self._is_real is not None:
                 x = torch.where(self._is_real, x, 0.0)
             return x.sum()
 
-        local = torch.stack([added(x) for pair in ratios.values() for x in pair])
-        total = self.accelerator.reduce(local, reduction="sum").tolist()
-        sums = self._sums[self._mode]
-        for i, name in enumerate(ratios):
-            sums[name][0] += total[2 * i]
-            sums[name][1] += total[2 * i + 1]
+        local = torch.stack([added(x) for pair in ratios.values() for x in pair]).view(-1, 2)
+        sums, names = self._sums[self._mode], tuple(ratios)
+        sums[names] = sums[names] + local if names in sums else local
 
     def _derived(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged of the ratios of `_add_ratios`. Subclasses may compute metrics from them."""
         return means
 
     def _settle(self) -> None:
-        """Puts the metrics that are known as sums where TRL logs from."""
-        means = {name: total / weight if weight else 0.0 for name, (total, weight) in self._sums[self._mode].items()}
-        self._sums[self._mode].clear()
+        """Puts the metrics that are known as sums where TRL logs from. All processes call it at the same time."""
+        sums = self._sums[self._mode]
+        if not sums:
+            return
+        # Nothing waits for the device or for another process before this.
+        totals = self.accelerator.reduce(torch.cat(list(sums.values())), reduction="sum").tolist()
+        names = [name for key in sums for name in key]
+        sums.clear()
+        means = {name: x / weight if weight else 0.0 for name, (x, weight) in zip(names, totals, strict=True)}
         self._metrics[self._mode].update({name: [value] for name, value in self._derived(means).items()})
 
     def log(self, logs, start_time=None):

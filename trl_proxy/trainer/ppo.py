@@ -125,7 +125,9 @@ class PPOTrainer(ActorCriticTrainer):
         if self.aux_loss_enabled:  # of a mixture of experts: its router's balance, as in TRL's trainers
             aux_loss, self._aux_loss = self._aux_loss, None
             self._add_ratios({"aux_loss": (aux_loss, 1)})
-            loss = loss + self.router_aux_loss_coef * aux_loss
+            # Its mean over the micro-batches of an update.
+            parts = self.args.gradient_accumulation_steps if self.model.training else 1
+            loss = loss + self.router_aux_loss_coef * aux_loss / parts
         return loss
 
     # Checkpoints: TRL writes the LM or its adapter; the value head has a separate file

@@ -149,3 +149,13 @@ def test_ppo_keeps_the_checks_of_its_parent(arguments):
     """One generation is allowed, but a batch that does not divide is still refused."""
     with pytest.raises(ValueError, match="divisible"):
         PPOConfig(**arguments, num_generations=3, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+
+
+@pytest.mark.fault
+def test_an_update_is_of_one_rollout(arguments):
+    settings = {"steps_per_generation": 3, "num_iterations": 2, "per_device_train_batch_size": 4}
+    with pytest.raises(
+        ValueError, match="`gradient_accumulation_steps` is 4, which does not divide the 6 minibatches"
+    ):
+        PPOConfig(**arguments, **settings, gradient_accumulation_steps=4)
+    assert PPOConfig(**arguments, **settings, gradient_accumulation_steps=6).gradient_accumulation_steps == 6

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.files import damaged_files
 from trl_proxy.trainer import proxy_ppo
+from trl_proxy.trainer.replay import concatenate, is_read_by_loss
 from trl_proxy.trainer.reward_guards import RewardError
 
 PROMPTS = [f"{a}{b} " for a in "abcdefgh" for b in "ijklmnop"]
@@ -202,6 +203,41 @@ def test_an_update_learns_from_the_last_rollouts(train):
     assert losses.std() > 1e-4
     torch.testing.assert_close(trainer._compute_loss(trainer.model, joined), (losses * counts).sum() / counts.sum())
     assert train(max_steps=8, replay_rollouts=1)._replay.rollouts == []
+
+
+@pytest.mark.parametrize(("minibatches", "epochs", "accumulated"), [(3, 2, 2), (2, 2, 4), (4, 1, 2)])
+def test_the_loss_of_an_update_is_the_mean_over_its_decisions(train, minibatches, epochs, accumulated):
+    """However they are cut into micro-batches; most rewards are zero, so the loss of a decision varies."""
+    trainer = train(
+        call=False,
+        per_device_train_batch_size=2,
+        steps_per_generation=minibatches,
+        num_iterations=epochs,
+        gradient_accumulation_steps=accumulated,
+        max_steps=6,
+        max_grad_norm=0.0,  # the gradient as it is
+        replay_rollouts=2,
+        logging_steps=1,
+    )
+    compute_loss, parts, losses, sizes = trainer._compute_loss, [], [], []
+    trainer._compute_loss = lambda model, inputs: parts.append(inputs) or compute_loss(model, inputs)
+
+    class Compare(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            trained = [p for p in trainer.model.parameters() if p.requires_grad]
+            names = [name for name in parts[0] if is_read_by_loss(name)]
+            loss = compute_loss(trainer.model, {name: concatenate([part[name] for part in parts]) for name in names})
+            for p, expected in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                torch.testing.assert_close(p.grad, expected, atol=1e-6, rtol=1e-4)
+            losses.append(loss.item())
+            sizes.append([int(part["action_mask"].sum()) for part in parts])
+            parts.clear()
+
+    trainer.add_callback(Compare())
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx(losses, abs=1e-6)
+    assert {len(of_update) for of_update in sizes} == {accumulated}
+    assert max(max(x) - min(x) for x in sizes) > 5, "all micro-batches are of one size"
 
 
 def test_checkpoints_wait_for_the_end_of_a_rollout(train, tmp_path):
