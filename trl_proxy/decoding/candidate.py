@@ -4,6 +4,7 @@ The loop is plugged into transformers' `generate` through `custom_generate`. It 
 but no rewards or training.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -104,12 +105,9 @@ def _overwrites(lm) -> bool:
 def _first_logits(lm, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The logits `(vocab,)` from which `generate` takes the first token of one prompt."""
     options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    # The LM's own configuration may ask for beams, or for a tokenizer.
-    configured, lm.generation_config = lm.generation_config, GenerationConfig()
-    try:
-        return lm.generate(**inputs, **options, pad_token_id=0).logits[0][0]
-    finally:
-        lm.generation_config = configured
+    lm = copy.copy(lm)  # with the same weights
+    lm.generation_config = GenerationConfig()  # its own may ask for beams, or for a tokenizer
+    return lm.generate(**inputs, **options, pad_token_id=0).logits[0][0]
 
 
 @torch.no_grad()

@@ -3,13 +3,30 @@ section 3). The LM is not changed, and nothing is computed twice."""
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+
+def own_hook(register: Callable[..., RemovableHandle], hook: Callable, **options) -> RemovableHandle:
+    """Registers a hook that sees the forwards of the calling thread alone. A server's threads share one LM.
+
+    Args:
+        register: a module's `register_forward_hook` or `register_forward_pre_hook`.
+        hook, options: its arguments.
+    """
+    owner = threading.get_ident()
+
+    def of_owner(*args):
+        return hook(*args) if threading.get_ident() == owner else None
+
+    return register(of_owner, **options)
 
 
 def without_peft(lm: nn.Module) -> nn.Module:
@@ -51,7 +68,7 @@ def record_body(lm: nn.Module):
         last[:] = [body]
         states.append(output[0])
 
-    hooks = [body.register_forward_hook(record) for body in bodies]
+    hooks = [own_hook(body.register_forward_hook, record) for body in bodies]
     try:
         yield states
     finally:
@@ -99,7 +116,7 @@ def reader_of(lm: nn.Module, layer: int) -> nn.Module | None:
 
 
 class HiddenStateHook:
-    """Context manager that sees hidden states of the LM in every forward.
+    """Context manager that sees hidden states of the LM in every forward of its own thread.
 
     Args:
         layers: the layers to see, as in `ProxyConfig.feature_layers`.
@@ -122,11 +139,12 @@ class HiddenStateHook:
         for layer, reader in self.readers.items():
             if reader is None:
                 see = functools.partial(self._see_last, layer)
-                self.hooks += [body.register_forward_hook(see) for body in bodies_of(self.lm)]
+                self.hooks += [own_hook(body.register_forward_hook, see) for body in bodies_of(self.lm)]
             else:
                 see = functools.partial(self._see, layer)
-                self.hooks.append(reader.register_forward_pre_hook(see, with_kwargs=True))
-        self.hooks.append(self.lm.get_output_embeddings().register_forward_pre_hook(self._to_head))
+                self.hooks.append(own_hook(reader.register_forward_pre_hook, see, with_kwargs=True))
+        head = self.lm.get_output_embeddings()
+        self.hooks.append(own_hook(head.register_forward_pre_hook, self._to_head))
         return self
 
     def __exit__(self, *exc) -> None:

@@ -169,8 +169,9 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         Raises:
             `ValueError`: candidate features, or `labels` whose loss is infinite, because one is not a candidate.
         """
+        proxy = self.proxy
         if gate_features is not None:
-            return ProxyOutput(accept_logits=self.gate(gate_features), state_values=self.critic(gate_features))
+            return ProxyOutput(accept_logits=proxy.gate(gate_features), state_values=proxy.critic(gate_features))
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -180,7 +181,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         }
         if self._proxy_disabled:
             return self.lm(**inputs, labels=labels)
-        if self.proxy_config.features == "candidate":
+        if proxy.config.features == "candidate":
             raise ValueError(
                 "A proxy with features='candidate' has no next-token distribution in closed form: use `generate`, "
                 f"train one with features='prefix', or {_SCORE}."
@@ -189,7 +190,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         cache = past_key_values if past_key_values is not None else kwargs.get("cache_params")
         past = length_of(cache, text, attention_mask)
         in_tuple = inputs.pop("return_dict", None) is False
-        with HiddenStateHook(self.lm, self.proxy_config.feature_layers) as tap:
+        with HiddenStateHook(self.lm, proxy.config.feature_layers) as tap:
             output = self.lm(**{name: value for name, value in inputs.items() if value is not None}, return_dict=True)
         hidden = tap.hidden
         length, seen = hidden.shape[1], None
@@ -200,17 +201,17 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
                 position_ids = (attention_mask.cumsum(-1) - 1)[:, -length:]
             else:
                 position_ids = torch.arange(past, past + length, device=hidden.device)[None]
-        if self.proxy_config.pooled_features:
+        if proxy.config.pooled_features:
             cache = cache if cache is not None else output.get("past_key_values", output.get("cache_params"))
             mask = torch.ones(hidden.shape[:2], device=hidden.device) if seen is None else seen
-            hidden = with_mean(hidden, *cached_sums(cache, past, self.proxy_config.feature_layers, hidden, mask))
+            hidden = with_mean(hidden, *cached_sums(cache, past, proxy.config.feature_layers, hidden, mask))
         keep = kwargs.get("logits_to_keep", 0)
         keep = slice(-keep, None) if isinstance(keep, int) else keep  # as transformers slices the hidden states
         hidden, positions = hidden[:, keep], (position_ids[:, keep] + 1).expand(output.logits.shape[:2])
-        candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
+        candidates = propose_for(proxy.config, output.logits.flatten(0, 1))
         embed = self.get_input_embeddings()
-        logits = accept_logits(self.proxy, embed, hidden.flatten(0, 1), candidates, positions.flatten())
-        log_probs = gated_log_probs(logits - self.proxy_config.threshold, candidates.mask)
+        logits = accept_logits(proxy, embed, hidden.flatten(0, 1), candidates, positions.flatten())
+        log_probs = gated_log_probs(logits - proxy.config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits = logits.scatter_(-1, candidates.token_ids, log_probs).view(output.logits.shape)
         changed: dict[str, torch.Tensor] = {"logits": logits}
@@ -292,8 +293,10 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         Raises:
             `ValueError`: candidate features have no such logits, and pooled features need one text at a time.
         """
+        if self._proxy_disabled:
+            return self.lm.init_continuous_batching(*args, **kwargs)
         config = self.proxy_config
-        if not self._proxy_disabled and (config.features == "candidate" or config.pooled_features):
+        if config.features == "candidate" or config.pooled_features:
             raise ValueError(
                 "Continuous batching needs a proxy with features='prefix' and pooled_features=False: use `generate`."
             )
