@@ -22,7 +22,7 @@ from ..core.features import accept_logits, prefix_features
 from ..core.gate import gated_log_probs
 from ..core.rollout import Rollout
 from ..decoding.generate import gated_generate
-from ..decoding.hidden_states import HiddenStateHook, without_peft
+from ..decoding.hidden_states import HiddenStateHook, input_embeddings, without_peft
 from ..decoding.pooling import cached_sums, length_of, with_mean
 from .outputs import ProxyOutput
 from .saving import check_trained_over, push_proxy, save_proxy
@@ -84,6 +84,11 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         """The LM's."""
         return self.lm.get_output_embeddings()
 
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """The LM's, if `device_map` has placed it: a trainer then leaves it where it is. An `AttributeError` if not."""
+        return self.lm.hf_device_map
+
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """The LM's."""
         return self.lm.prepare_inputs_for_generation(*args, **kwargs)
@@ -130,7 +135,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         """
         if self.proxy_config.features == "candidate":
             return hidden
-        return prefix_features(hidden, self.get_input_embeddings()(token_ids), scalars)
+        return prefix_features(hidden, input_embeddings(self.lm)(token_ids), scalars)
 
     def rollout_features(self, rollout: Rollout) -> torch.Tensor:
         """Features `(N, feature_size)` of a rollout's N decisions (the True entries of its mask, row by row)."""
@@ -192,10 +197,10 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         in_tuple = inputs.pop("return_dict", None) is False
         with HiddenStateHook(self.lm, proxy.config.feature_layers) as tap:
             output = self.lm(**{name: value for name, value in inputs.items() if value is not None}, return_dict=True)
-        hidden = tap.hidden
+        hidden = tap.hidden.to(output.logits.device)
         length, seen = hidden.shape[1], None
         if attention_mask is not None and attention_mask.dim() == 2:
-            seen = attention_mask[:, -length:]
+            seen = attention_mask[:, -length:].to(hidden.device)
         if position_ids is None or position_ids.dim() != 2:
             if attention_mask is not None and seen is not None:
                 position_ids = (attention_mask.cumsum(-1) - 1)[:, -length:]
@@ -209,8 +214,8 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         keep = slice(-keep, None) if isinstance(keep, int) else keep  # as transformers slices the hidden states
         hidden, positions = hidden[:, keep], (position_ids[:, keep] + 1).expand(output.logits.shape[:2])
         candidates = propose_for(proxy.config, output.logits.flatten(0, 1))
-        embed = self.get_input_embeddings()
-        logits = accept_logits(proxy, embed, hidden.flatten(0, 1), candidates, positions.flatten())
+        positions = positions.to(hidden.device)
+        logits = accept_logits(proxy, input_embeddings(self.lm), hidden.flatten(0, 1), candidates, positions.flatten())
         log_probs = gated_log_probs(logits - proxy.config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits = logits.scatter_(-1, candidates.token_ids, log_probs).view(output.logits.shape)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..core.config import WEIGHTS_NAME, ProxyConfig, proxy_file
 from ..core.gate import ProxyMLP
 from ..decoding.candidate import check_overwritable
-from ..decoding.hidden_states import embedding_size_of, reader_of, state_size_of, without_peft
+from ..decoding.hidden_states import embedding_size_of, execution_device, reader_of, state_size_of, without_peft
 from .fingerprint import lm_sha256
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy
 from .saving import check_trained_over
@@ -80,7 +80,7 @@ class ModelWithProxies(PreTrainedModel):
         # A copy: the caller may make proxies over other LMs with the same configuration.
         sha256 = lm_sha256(self.lm) or config.base_model_sha256
         config = dataclasses.replace(config, base_model_name_or_path=base, base_model_sha256=sha256, **sizes)
-        return Proxy(config).to(next(self.lm.get_output_embeddings().parameters()).device)
+        return Proxy(config).to(execution_device(self.lm))
 
     @property
     def proxy(self) -> "Proxy | WeightedProxy":
