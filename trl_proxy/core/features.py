@@ -53,8 +53,8 @@ def candidate_scalars(candidates: Candidates, positions: torch.Tensor) -> torch.
 
 def prefix_features(state: torch.Tensor, embeddings: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
     """Prefix features `(N, feature_size)` float32 of candidates: the state before each `(N, state_size)`, its input
-    embedding `(N, embedding_size)` and its [`candidate_scalars`]."""
-    return torch.cat([part.float() for part in (state, embeddings.to(state.device), scalars)], dim=-1)
+    embedding `(N, embedding_size)` and its [`candidate_scalars`]; on the device of these."""
+    return torch.cat([part.to(scalars.device).float() for part in (state, embeddings, scalars)], dim=-1)
 
 
 def accept_logits(

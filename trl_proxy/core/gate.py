@@ -37,12 +37,14 @@ class ProxyMLP(nn.Module):
         nn.init.constant_(self.mlp[-1].bias, bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`(..., feature_size)` of any float dtype -> `(...)` float32."""
+        """`(..., feature_size)` of any float dtype -> `(...)` float32 on their device, which may be another than the
+        network's."""
+        device = self.feature_mean.device
         # PPO's ratios need float32 even if the LM runs in bfloat16 autocast.
-        with torch.autocast(features.device.type, enabled=False):
-            parts, scalars = self.normalise(features)
+        with torch.autocast(device.type, enabled=False):
+            parts, scalars = self.normalise(features.to(device))
             parts = (parts - self.feature_mean) / self.feature_std
-            return self.mlp(torch.cat([parts, scalars], dim=-1)).squeeze(-1)
+            return self.mlp(torch.cat([parts, scalars], dim=-1)).squeeze(-1).to(features.device)
 
     def normalise(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(..., feature_size)` -> the parts after LayerNorm `(..., sum(part_sizes))` and the scalars, float32."""

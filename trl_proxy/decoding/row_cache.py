@@ -28,9 +28,10 @@ class _RowLayer(CacheLayerMixin):
             self.keys[:, :, self.cache.start : self.cache.width] = key_states
             self.values[:, :, self.cache.start : self.cache.width] = value_states
         else:
+            slots = self.cache.slots.to(key_states.device)
             rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-            self.keys[rows, :, self.cache.slots] = key_states.transpose(1, 2)
-            self.values[rows, :, self.cache.slots] = value_states.transpose(1, 2)
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
         return self.keys[:, :, : self.cache.width], self.values[:, :, : self.cache.width]
 
     def get_mask_sizes(self, query_length):
@@ -71,10 +72,11 @@ class RowCache(Cache):
     def move(self, rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """In each of these rows, copies the slot `source` over the slot `target`; `(N,)` each."""
         for layer in self.layers:
-            layer.keys[rows, :, target] = layer.keys[rows, :, source]
-            layer.values[rows, :, target] = layer.values[rows, :, source]
+            of_row, of_target, of_source = (x.to(layer.keys.device) for x in (rows, target, source))
+            layer.keys[of_row, :, of_target] = layer.keys[of_row, :, of_source]
+            layer.values[of_row, :, of_target] = layer.values[of_row, :, of_source]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps only these rows, in this order."""
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.keys, layer.values = (x[rows.to(x.device)] for x in (layer.keys, layer.values))

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import gather, gather_object
 from trl.models import prepare_deepspeed
 
+from ..decoding.hidden_states import own_hook
 from ..rewards.caller import RewardCaller
 from ..rewards.checks import RewardError
 from ..rewards.classifier import ClassifierReward
@@ -23,7 +24,7 @@ class _LogitsWatch:
         self.largest: list[torch.Tensor] = []
 
     def __enter__(self):
-        self.hook = self.head.register_forward_hook(self._look)
+        self.hook = own_hook(self.head.register_forward_hook, self._look)
         return self
 
     def _look(self, module, args, logits: torch.Tensor) -> None:
