@@ -1,6 +1,7 @@
 """Fixtures that all tests share: one thread, fixed seeds, tiny language models and a tokenizer built in memory."""
 
 import functools
+import gc
 import importlib.util
 import os
 import random
@@ -59,6 +60,13 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_searched():
+    """Every training begins with a garbage collection. It passes over what was there before a file's first test: most
+    of that are the libraries."""
+    gc.freeze()
 
 
 @functools.cache

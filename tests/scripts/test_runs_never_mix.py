@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from eval.trained import read_baseline, read_proxy
 from trl_proxy.files import write_checksums
 from trl_proxy.runs.process import Interrupted
-from trl_proxy.runs.resume import is_finished
+from trl_proxy.runs.resume import differences, is_finished, read_run
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
 
 BASELINES = ("ppo", "rloo", "grpo", "dpo")
@@ -136,6 +136,10 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def same_weights(folder: Path, other: Path) -> bool:
     first, second = load_file(folder / WEIGHTS), load_file(other / WEIGHTS)
     return all(torch.equal(first[name], second[name]) for name in first)
@@ -144,46 +148,46 @@ def same_weights(folder: Path, other: Path) -> bool:
 def is_whole(folder: Path) -> None:
     """A finished run, and nothing but that."""
     assert json.loads((folder / "train_results.json").read_text())["steps"] == max(steps(folder))
-    owners = [json.loads((place / "run.json").read_text()) for place in (folder, *folder.glob("checkpoint-*"))]
-    assert len({json.dumps({**owner, "decoding": None, "asked": None}) for owner in owners}) == 1
+    owner = read_run(folder)
+    assert not [checkpoint for checkpoint in folder.glob("checkpoint-*") if differences(read_run(checkpoint), owner)]
     assert not [path for path in folder.iterdir() if path.name == ".partial" or path.suffix == ".tmp"]
-
-
-REFUSED = {
-    "the same": None,
-    "more steps": (MORE, r"another run \(different: max_steps\): .*start anew with --overwrite_output_dir\."),
-    "another seed": (OTHER_SEED, r"another run \(different: seed\): choose another --output_dir"),
-}
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("state", [state for state in STATES if state != "finished with another seed"])
-@pytest.mark.parametrize("command", ["the same", "more steps", "another seed", "overwrite"])
-def test_a_state_meets_a_command(train, folder, tmp_path, state, command, capsys):
-    """The same command comes to the result of an undisturbed run. Other settings are refused, and nothing is touched;
-    with --overwrite_output_dir nothing is left of the run that was there."""
-    whole, other = folder.of("finished"), folder.of("finished with another seed")
+def test_the_same_command(train, folder, tmp_path, state, capsys):
+    """Comes to the result of an undisturbed run, from wherever it was interrupted."""
+    whole, out = folder.of("finished"), folder(state)
+    train()
+    assert same_weights(out, whole)
+    is_whole(out)
+    said = capsys.readouterr().out
+    resumed = {"killed at its end": "out/checkpoint-8 is the end", "finished": "out/checkpoint-8 is the end"}
+    assert resumed.get(state, "" if "first" in state else "Resuming from out/checkpoint-4") in said
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("state", ["killed", "killed while it saved", "killed at its end", "finished"])
+def test_other_commands_are_refused(train, folder, state):
+    """And nothing is touched."""
     out = folder(state)
-    (out / "notes.txt").write_text("mine")
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    if command == "the same":
-        train()
-        assert same_weights(out, whole)
-        said = capsys.readouterr().out
-        resumed = {"killed at its end": "out/checkpoint-8 is the end", "finished": "out/checkpoint-8 is the end"}
-        assert resumed.get(state, "" if "first" in state else "Resuming from out/checkpoint-4") in said
-    elif command == "overwrite" or state == "killed before its first checkpoint":
-        flags = {"overwrite_output_dir": "true"} if command == "overwrite" else {}
-        if command == "more steps":
-            return
-        train(**OTHER_SEED, **flags)
-        assert same_weights(out, other)
-    else:
-        flags, message = REFUSED[command]
-        with pytest.raises(ValueError, match=message):
+    before = contents(out)
+    for flags, names in ((MORE, "max_steps"), (OTHER_SEED, "seed"), ({**MORE, **OTHER_SEED}, "max_steps, seed")):
+        message = rf"out holds the checkpoint of another run \(different: {names}\): choose another --output_dir, "
+        with pytest.raises(ValueError, match=message) as error:
             train(**flags)
-        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-        return
+        assert str(error.value).endswith("or start anew with --overwrite_output_dir.")
+    assert contents(out) == before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("state", ["killed while it saved", "finished", "killed before its first checkpoint"])
+def test_another_command_in_its_place(train, folder, state):
+    """With --overwrite_output_dir nothing is left of the run that was there; nor of one without a checkpoint."""
+    other, out = folder.of("finished with another seed"), folder(state)
+    (out / "notes.txt").write_text("mine")
+    train(**OTHER_SEED, **({} if "first" in state else {"overwrite_output_dir": "true"}))
+    assert same_weights(out, other)
     is_whole(out)
     assert (out / "notes.txt").read_text() == "mine"
 
@@ -244,12 +248,12 @@ def test_a_finished_run_without_its_checkpoints(train, folder, capsys):
     out = folder("finished")
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    before = (out / WEIGHTS).stat()
+    before = (out / WEIGHTS).stat().st_mtime_ns
     trained = train()
     assert "out holds this run, finished: nothing left to train" in capsys.readouterr().out
     assert trained.state.global_step == 8
     assert torch.equal(load_file(out / WEIGHTS)["gate.mlp.2.weight"], trained.model.gate.mlp[-1].weight)
-    assert (out / WEIGHTS).stat() == before
+    assert (out / WEIGHTS).stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"out holds another run \(different: seed\)"):
         train(**OTHER_SEED)
 
