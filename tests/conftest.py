@@ -68,6 +68,13 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_searched():
+    """Every training begins with a garbage collection. It passes over what was there before a file's first test: most
+    of that are the libraries."""
+    gc.freeze()
+
+
 @functools.cache
 def _config(kind: str, tie: bool):
     shared = {

@@ -22,6 +22,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers.utils import logging as transformers_logging
 
 from ..devices import is_main_process
+from ..files import remove_leftovers
 
 LOCK_FILE = ".lock"
 
@@ -38,7 +39,7 @@ _held: dict[str, FileLock] = {}
 
 
 def lock_folder(output_dir: str | os.PathLike) -> None:
-    """Locks the folder until the process ends for any reason.
+    """Locks the folder until the process ends for any reason, and deletes temporary files that a killed one left.
 
     Raises:
         ValueError: the folder cannot be written, or another process holds it.
@@ -50,6 +51,7 @@ def lock_folder(output_dir: str | os.PathLike) -> None:
             lock = FileLock(path, timeout=0)
             lock.acquire()
             _held[path] = lock
+            remove_leftovers(output_dir)
     except Timeout:
         raise ValueError(
             f"Another process is at work in {output_dir}: let it end, or choose another --output_dir."
@@ -182,8 +184,9 @@ def run_script(
         status, message = 1, one_sentence(error)
     except Interrupted as error:
         status, message = 128 + error.signum, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command resumes." if goes_on else "interrupted."
+    except KeyboardInterrupt as error:
+        status = 130
+        message = str(error) or ("interrupted; the same command resumes." if goes_on else "interrupted.")
     if status:
         print(f"{name}: {message}", file=sys.stderr)
     _leave(status)

@@ -12,7 +12,7 @@ from ..decoding.hidden_states import own_hook
 from ..rewards.caller import RewardCaller
 from ..rewards.checks import RewardError
 from ..rewards.classifier import ClassifierReward
-from .checkpoints import AtomicCheckpointMixin
+from .checkpoints import REWARD_FAILED, AtomicCheckpointMixin
 from .metrics import RowMetricsMixin
 
 
@@ -146,6 +146,8 @@ class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
             torch.set_rng_state(rng_state)
             if cuda_rng_state is not None:
                 torch.cuda.set_rng_state(cuda_rng_state, device)
+            if self.run is not None:
+                self.run = {**self.run, REWARD_FAILED: True}
             self._save_checkpoint(self.model, trial=None)
             raise RewardError(
                 f"{str(failure).removesuffix('.')}: fix it, and the same command resumes from "
