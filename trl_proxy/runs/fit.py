@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import threading
 import time
@@ -12,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, set_seed
 
-from ..devices import is_main_process
+from ..devices import is_main_process, peak_memory_mb
 from ..files import make_readable, write_text, writing
 from .arguments import RunArguments
 from .process import Interrupted, lock_folder
@@ -162,10 +161,8 @@ def fit(trainer, run: dict, run_args: RunArguments, checkpoint: str | None, seco
 def training_cost(trainer) -> dict[str, float]:
     """The cost of the whole run, including the parts before an interruption, for the records of compare.py."""
     args = trainer.args
-    peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024)  # KiB -> MiB
-    if torch.cuda.is_available():
-        peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**20)
-    peak = trainer.accelerator.reduce(peak.to(trainer.accelerator.device), reduction="sum")
+    device = trainer.accelerator.device
+    peak = trainer.accelerator.reduce(torch.tensor(peak_memory_mb(device), device=device), reduction="sum")
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "episodes": trainer.state.global_step * samples // getattr(args, "num_iterations", 1),
