@@ -60,6 +60,15 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+def pytest_collection_modifyitems(config, items):
+    """Skips tests for a GPU without one, and the slow ones unless they are asked for."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: -m slow runs it"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """Every test starts from the same state of every generator."""

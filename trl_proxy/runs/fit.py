@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import threading
 import time
@@ -17,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..devices import is_main_process
+from ..devices import is_main_process, peak_memory_mb
 from ..files import WriteError, make_readable, write_text, writing
 from ..rewards.checks import RewardError
 from ..trainer.checkpoints import RUN_FILE
@@ -229,10 +228,8 @@ def truthful(run_args: RunArguments, args) -> Iterator[None]:
 def training_cost(trainer) -> dict[str, float]:
     """The cost of the whole run, including the parts before an interruption, for the records of compare.py."""
     args = trainer.args
-    peak = torch.tensor(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024)  # KiB -> MiB
-    if torch.cuda.is_available():
-        peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**20)
-    peak = trainer.accelerator.reduce(peak.to(trainer.accelerator.device), reduction="sum")
+    device = trainer.accelerator.device
+    peak = trainer.accelerator.reduce(torch.tensor(peak_memory_mb(device), device=device), reduction="sum")
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "episodes": trainer.state.global_step * samples // getattr(args, "num_iterations", 1),

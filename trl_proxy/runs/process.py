@@ -119,7 +119,10 @@ def run_command(command: list[str], stopped: Callable[[], bool] = lambda: False,
         raise KeyboardInterrupt
     except BaseException:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            if sys.platform == "win32":  # it has no groups of processes
+                process.terminate()
+            else:
+                os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         raise
 
