@@ -10,6 +10,7 @@ A client that gets SIGTERM hands it on; one that is killed leaves its script run
 
 import array
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -64,6 +65,7 @@ def serve(path: str) -> None:
     """Listens until it is killed."""
     for module in IMPORTED:
         importlib.import_module(module)
+    gc.freeze()  # a script need not look at all this when it collects garbage
     launcher = f"{path}.sh"
     with open(launcher, "w", encoding="utf-8") as file:
         client = shlex.join([sys.executable, "-S", "-E", os.path.abspath(__file__), path])

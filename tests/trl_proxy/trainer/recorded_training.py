@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from trl_proxy import PPOConfig, PPOTrainer, ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
+from trl_proxy.runs.fit import share_cpu_device
 
 EOS = [2, *range(6, 96, 5)]  # a fifth of the vocabulary, so that some responses end
 PROMPTS = [f"{a}{b} "[: 1 + i % 3] for i, (a, b) in enumerate(zip("abcdefghijkl", "mnopqrstuvwx", strict=True))]
@@ -127,11 +128,12 @@ def randomise(module: nn.Module, seed: int, scale: float = 0.7) -> None:
 
 def make_trainer(options: dict, tokenizer: PreTrainedTokenizerFast, output_dir: str):
     """The trainer of `options`: fields of its configuration, fields of ProxyConfig under `proxy`, and
-    `lm_itself` (PPO on the LM), `new_gate` (a gate that training has not touched yet), `rewards`, `seed`."""
+    `lm_itself` (PPO on the LM), `new_gate` (a gate that training has not touched yet), `rewards`, `seed`, `updates`,
+    `idle_ranks` (some process has nothing to learn from)."""
     options = dict(options)
     seed, names = options.pop("seed", 0), options.pop("rewards", ["spelling"])
     proxy, new, lm_itself = options.pop("proxy", {}), options.pop("new_gate", False), options.pop("lm_itself", False)
-    updates = options.pop("updates", 3)
+    updates, _ = options.pop("updates", 3), options.pop("idle_ranks", None)
     settings = {
         "output_dir": output_dir, "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "seed": seed,
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "steps_per_generation": 1,
@@ -159,8 +161,10 @@ def make_trainer(options: dict, tokenizer: PreTrainedTokenizerFast, output_dir: 
             for network in (model.gate, model.critic):
                 network.standardise(torch.zeros_like(network.feature_mean), torch.ones_like(network.feature_std))
     data = Dataset.from_dict({"prompt": PROMPTS})
+    args = config_class(**settings)
+    share_cpu_device(args)
     trainer = trainer_class(
-        model=model, reward_funcs=[globals()[name] for name in names], args=config_class(**settings),
+        model=model, reward_funcs=[globals()[name] for name in names], args=args,
         train_dataset=data, eval_dataset=data.select(range(5)), processing_class=tokenizer, **more,
     )  # fmt: skip
     if lm_itself:
@@ -190,6 +194,8 @@ def check(trainer, options: dict) -> None:
         comparison = Comparison(trainer, ranks, options)
         comparison.check_training()
         comparison.check_evaluation()
+        if options.get("idle_ranks"):
+            comparison.check_idle()
 
 
 class Comparison:
@@ -248,6 +254,11 @@ class Comparison:
             for network in (self.model.gate, self.model.critic):
                 close(network.feature_mean, self.moments[0], "mean of the gate's input")
                 close(network.feature_std, self.moments[1], "deviation of the gate's input")
+
+    def check_idle(self) -> None:
+        """Some process had nothing to learn from in an update in which another had."""
+        counts = [[int(part.result["action_mask"].sum()) for part in parts] for parts in self.rollouts]
+        assert any(0 in of_ranks and max(of_ranks) > 0 for of_ranks in counts), counts
 
     def check_evaluation(self) -> None:
         missing, evaluated = len(self.trainer.eval_dataset) * self.trainer.num_generations_eval, []
