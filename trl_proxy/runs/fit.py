@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..devices import is_main_process, peak_memory_mb
 from ..files import WriteError, make_readable, write_text, writing
+from ..ranks import watch
 from ..rewards.checks import RewardError
 from ..trainer.checkpoints import RUN_FILE
 from .arguments import RunArguments
@@ -31,6 +32,7 @@ PATIENCE = 20.0  # seconds; torch's launcher kills processes that have not ended
 
 def prepare_run(method: str, run_args: RunArguments, training_args, *configs) -> tuple[dict, str | None]:
     """Locks the output folder for this process, removes what no run needs any more, and seeds everything.
+    From here on, a process that fails ends all.
 
     Returns:
         the settings that identify the run, and where it resumes: a checkpoint, the output folder itself if the run is
@@ -40,9 +42,10 @@ def prepare_run(method: str, run_args: RunArguments, training_args, *configs) ->
         ValueError: the folder cannot be written, another process trains in it, or it holds another run.
     """
     output_dir = training_args.output_dir
+    share_cpu_device(training_args)
+    watch()
     if is_main_process():
         lock_folder(output_dir)
-    share_cpu_device(training_args)
     run = identify(method, training_args.world_size, run_args, training_args, *configs)
     checkpoint = checkpoint_to_resume(run_args, training_args, run)
     state = PartialState()
