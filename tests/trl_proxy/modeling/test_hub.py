@@ -202,7 +202,7 @@ def test_a_training_uploads_its_model(run, hub, tiny_lm):
             assert set(paths) <= {*model, *TOKENIZER}
         first = next(paths for *_, summary, paths in commits if summary == "Training in progress, step 2")
         assert first == sorted([*model, *TOKENIZER])
-    for repo, branch, summary, paths in of_proxy + of_lora:
+    for repo, _, summary, paths in of_proxy + of_lora:
         for path in paths:
             assert not path.startswith((".partial", ".hub", "checkpoint-")), (summary, path)
             in_checkpoint = path.startswith("last-checkpoint/")
