@@ -453,3 +453,68 @@ def test_a_reward_that_failed_may_be_fixed(train, tmp_path):
     path.write_text(works + "\n")
     train("rloo")
     assert steps(tmp_path / "out")[-1] == 8
+
+
+# The best checkpoint
+
+BEST = {"eval_strategy": "steps", "dataset_test_split": "train[:4]", "num_generations_eval": 1, "max_steps": 12}
+BEST |= {"load_best_model_at_end": "true", "metric_for_best_model": "eval_reward", "greater_is_better": "false"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"eval_steps": 3, "save_steps": 6},
+        {"eval_steps": 5, "save_strategy": "best"},
+        {"eval_steps": 4, "save_steps": 8, "save_total_limit": 1},
+    ],
+    ids=lambda flags: ",".join(flags),
+)
+def test_the_best_model_has_a_checkpoint(train, tmp_path, flags, monkeypatch):
+    """Evaluations fall on the steps of checkpoints; so the best model is found after all steps, also in a run that was
+    killed at its end and moved, and when a finished run is called again."""
+    train(kill={"end": True}, **BEST, **flags)
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere" / "moved")
+    (moved / ".lock").unlink()  # held by this process
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        trained = train(output_dir="moved", **BEST, **flags)
+        best = Path(trained.state.best_model_checkpoint)
+        assert best == Path("moved", f"checkpoint-{trained.state.best_global_step}")
+        assert same_weights(best, moved)
+        assert torch.equal(load_file(moved / WEIGHTS)["gate.mlp.2.weight"], trained.model.gate.mlp[-1].weight)
+        rewards = {e["step"]: e["eval_reward"] for e in trained.state.log_history if "eval_reward" in e}
+        assert rewards.keys() <= {4, 8, 12}
+        assert rewards[trained.state.best_global_step] == min(rewards.values())
+
+
+@pytest.mark.fault
+def test_a_best_checkpoint_that_is_gone(train, tmp_path):
+    flags = {**BEST, "eval_steps": 4, "save_steps": 4}
+    train(kill={"step": 11}, **flags)
+    state = json.loads((tmp_path / "out" / "checkpoint-8" / "trainer_state.json").read_text())
+    state |= {"best_global_step": 4, "best_model_checkpoint": "out/checkpoint-4"}
+    (tmp_path / "out" / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
+    write_checksums(str(tmp_path / "out" / "checkpoint-8"))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    trained = train(**flags)
+    assert trained.state.best_global_step == 12
+    assert same_weights(tmp_path / "out" / "checkpoint-12", tmp_path / "out")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("strategy", ["steps", "best", "no"])
+def test_a_signal_leaves_a_checkpoint(train, tmp_path, strategy):
+    """Whatever the strategy, and if the model is not the best one."""
+    flags = {**BEST, "eval_steps": 8, "save_steps": 8, "save_strategy": strategy}
+    flags |= {"load_best_model_at_end": "false"} if strategy == "no" else {}
+    (tmp_path / "my_rewards.py").write_text(
+        "import os, signal\n\ncalls = 0\n\n\ndef upper(prompts, completions, **kwargs):\n    global calls\n"
+        "    calls += 1\n    if calls == 2:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [float(sum(c.isupper() for c in x)) for x in completions]\n"
+    )
+    with pytest.raises(Interrupted):
+        train(**flags)
+    assert steps(tmp_path / "out")[-1] == 8

@@ -164,10 +164,10 @@ def checkpoint_to_resume(run_args: RunArguments, training_args, run: dict) -> st
         )
     if changed := differences(before, run):
         what = "the checkpoint of " if last else ""
-        ways = f", continue from it with --resume_from_checkpoint {last}" if last else ""
+        continuing = f", continue from it with --resume_from_checkpoint {last}" if last else ""
         raise ValueError(
             f"{output_dir} holds {what}another run (different: {', '.join(changed)}): choose another "
-            f"--output_dir{ways}, or start anew with --overwrite_output_dir."
+            f"--output_dir{continuing}, or start anew with --overwrite_output_dir."
         )
     if last is not None:
         check_checkpoint(last)
