@@ -78,7 +78,8 @@ def _fills(lm, cache: DynamicCache) -> bool:
 def _overwrites(lm) -> bool:
     """Tries it. A prompt with padding must read as in `generate`. After `3 4 5 6` one row takes the 6 back and reads a
     7 in its place, the other reads the 7 next."""
-    text = torch.tensor([[3, 4, 5, 6, 7]], device=execution_device(lm))
+    device = execution_device(lm)
+    text = torch.tensor([[3, 4, 5, 6, 7]], device=device)
     cache = RowCache.for_lm(lm, prompt_width=3, capacity=5)
     seen = text.new_ones(2, 5)
     position = text.new_tensor([[0, 1, 2], [0, 1, 2]])
@@ -89,15 +90,15 @@ def _overwrites(lm) -> bool:
 
     read(text[:, :3], 3)
     position = text.new_tensor([[3], [3]])
-    read(text[:, 3:4], cache.set_write_positions(position[:, 0], 1))
+    read(text[:, 3:4], cache.set_write_positions(position[:, 0], 1, 3, 3))
     position = text.new_tensor([[3], [4]])
     seen[0, 4] = 0
-    found = read(text[:, 4:], cache.set_write_positions(position[:, 0], 1))
-    plain = [lm(input_ids=ids).logits[0, -1] for ids in (text[:, [0, 1, 2, 4]], text)]
+    found = read(text[:, 4:], cache.set_write_positions(position[:, 0], 1, 3, 4))
+    plain = [lm(input_ids=ids).logits[0, -1] for ids in (torch.cat([text[:, :3], text[:, 4:]], 1), text)]
     padded = {"input_ids": text.new_tensor([[0, 0, 3, 4, 5]]), "attention_mask": text.new_tensor([[0, 0, 1, 1, 1]])}
     plain.append(_first_logits(without_peft(lm), padded))
     prompt = lm(**padded, position_ids=text.new_tensor([[0, 0, 0, 1, 2]])).logits[:, -1]
-    found, wanted = torch.cat([found, prompt]).float(), torch.stack(plain).float()
+    found, wanted = (torch.stack([x.to(device) for x in logits]).float() for logits in ([*found, *prompt], plain))
     tolerance = (1e-3 if lm.dtype == torch.float32 else 5e-2) * (wanted.amax() - wanted.amin())
     return bool((found - wanted).abs().max() < tolerance)
 

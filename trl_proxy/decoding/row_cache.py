@@ -62,9 +62,9 @@ class RowCache(Cache):
         """With as many layers as the cache that `generate` makes for this LM."""
         return cls(len(DynamicCache(config=lm.config.get_text_config(decoder=True)).layers), prompt_width, capacity)
 
-    def set_write_positions(self, slots: torch.Tensor, n: int) -> int:
-        """Sets the first write positions `(rows,)` of the next n tokens; returns how many slots their forward sees."""
-        first, last = torch.stack(slots.aminmax()).tolist()
+    def set_write_positions(self, slots: torch.Tensor, n: int, first: int, last: int) -> int:
+        """Sets the first write positions `(rows,)` of the next n tokens, `first` the lowest of them and `last` the
+        highest; returns how many slots their forward sees."""
         self.slots, self.width = slots[:, None] + torch.arange(n, device=slots.device), last + n
         self.start = first if first == last else None
         return self.width

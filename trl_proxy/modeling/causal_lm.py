@@ -86,7 +86,8 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
 
     @property
     def hf_device_map(self) -> dict[str, Any]:
-        """The LM's, if `device_map` has placed it: a trainer then leaves it there. Else an `AttributeError`."""
+        """The LM's, so that a trainer leaves an LM where its `device_map` has placed it. Others have no such
+        attribute."""
         return self.lm.hf_device_map
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
