@@ -11,7 +11,7 @@ OUT = outputs/demo
 PROMPTS = 64
 TRAIN =
 
-.PHONY: install demo results results-harmless results-long compare compare-quick report tables architectures tune sweeps test lint docs audit clean
+.PHONY: gpu-check soak install demo results results-harmless results-long compare compare-quick report tables architectures tune sweeps test lint docs audit clean
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
@@ -111,6 +111,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive trl_proxy baselines eval scripts
+
+# Exactness, speed and cost of training on one CUDA GPU: at most 8 minutes, nothing is downloaded.
+gpu-check: $(INSTALLED)
+	$(BIN)/python scripts/gpu_check.py
+
+# 2,000 rollouts of a tiny LM: memory, handles and threads stay where they are.
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 0 -s tests/test_long_runs.py
 
 # Known weaknesses of what is installed. Asks PyPI, so CI does not run it.
 audit: $(INSTALLED)

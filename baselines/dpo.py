@@ -8,6 +8,7 @@ the same information.
 import json
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,11 +31,16 @@ from trl_proxy.reading import check_pairs
 from trl_proxy.rewards.caller import RewardCaller
 from trl_proxy.runs.arguments import DecodingArguments, RunArguments, load_policy, load_rewards, load_split, to_device
 from trl_proxy.runs.fit import fit, prepare_run
+from trl_proxy.runs.resume import DECODING, PAIRS_FILE, differences, read_json
 from trl_proxy.trainer.checkpoints import AtomicCheckpointMixin
 from trl_proxy.trainer.config import RewardTimeoutConfig
 from trl_proxy.trainer.prompt_checks import check_work
 
-PAIRS_FILE = "pairs.json"
+# Settings of a run that cannot change its pairs: the rest of them may, and count.
+_AFTER_SAMPLING = re.compile(
+    r"asked|versions|max_steps|num_train_epochs|max_train_seconds|learning_rate|lr_scheduler_.*|warmup_.*|weight_decay|"
+    r"beta|load_best_model_at_end|push_to_hub|(adam|eval|hub|logging|save)_.*"
+)
 
 
 @dataclass
@@ -89,7 +95,7 @@ def train(run_args: DPOArguments, training_args: DPOConfig, model_args: LoraMode
     check_prompts(dataset, where, decoding.encode, positions, run_args.max_completion_length)
     pairs, seconds = dataset, 0.0
     if reward is not None:
-        pairs, seconds = cached_pairs(lm, decoding, dataset, reward, run_args, training_args)
+        pairs, seconds = cached_pairs(lm, decoding, dataset, reward, run, run_args, training_args)
     if run_args.chat_template_kwargs:  # TRL takes them from a column
         pairs = pairs.add_column("chat_template_kwargs", [run_args.chat_template_kwargs] * len(pairs))
     set_seed(training_args.seed)  # the adapter's first weights are the same whether pairs were sampled just now or not
@@ -117,30 +123,20 @@ def cached_pairs(
     decoding: DecodingSettings,
     prompts: Dataset,
     reward: RewardCaller,
+    run: dict,
     run_args: DPOArguments,
     training_args: DPOConfig,
 ) -> tuple[Dataset, float]:
-    """The pairs in the output folder, sampled first if needed, and the seconds that sampling them took."""
+    """The pairs in the output folder, and the seconds that sampling them took. They are sampled first if there are
+    none, or those that are there belong to another run."""
     state = PartialState()
     path = os.path.join(training_args.output_dir, PAIRS_FILE)
-    made_with = {
-        "dataset": "/".join(
-            filter(None, (run_args.dataset_name, run_args.dataset_config, run_args.dataset_train_split))
-        ),
-        "rewards": [run_args.reward_model_name_or_path, run_args.reward_funcs, run_args.reward_weights],
-        "samples_per_prompt": run_args.samples_per_prompt,
-        "num_pair_prompts": run_args.num_pair_prompts,
-        "max_completion_length": run_args.max_completion_length,
-        "generation_kwargs": run_args.generation_kwargs,
-        "chat_template_kwargs": run_args.chat_template_kwargs,
-        "system_prompt": run_args.system_prompt,
-        "seed": training_args.seed,
-        "num_processes": state.num_processes,
-    }
+    settings = {name: value for name, value in run.items() if not _AFTER_SAMPLING.fullmatch(name)}
+    made_with = json.loads(json.dumps({**settings, DECODING: decoding.as_dict()}, default=str))
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        if found["made_with"] == made_with:
+        found = read_json(path)
+        before = found.get("made_with", {})
+        if not differences(before, made_with) and before.get(DECODING) == made_with[DECODING]:
             return Dataset.from_list(found["pairs"]), found["seconds"]
     if is_deepspeed_zero3_enabled():
         raise ValueError(

@@ -14,6 +14,7 @@ from eval.records import package_versions
 from eval.report.tables import print_table
 from eval.speed import PLAIN, PROXIES, BenchmarkArguments, grid, measure
 from trl_proxy import ProxyModelForCausalLM
+from trl_proxy.devices import best_device
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_lm
 
@@ -76,10 +77,10 @@ def benchmark(args: BenchmarkArguments) -> dict:
         print(json.dumps(peak))
         return {"memory": peak}
     set_seed(0)
-    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype)
+    device = best_device()
+    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, device=device)
     args.dtype = str(lm.dtype).removeprefix("torch.")
-    if torch.cuda.is_available():
-        lm.to("cuda")
+    lm.to(device)
     models = {name: ProxyModelForCausalLM(lm, config) for name, config in PROXIES.items()}
     settings = {"arguments": asdict(args), "threads": torch.get_num_threads(), "versions": package_versions()}
     path = os.path.join(args.output_dir, "benchmark.json")

@@ -81,6 +81,7 @@ class CompareArguments(DecodingArguments):
     batch_size: int = field(default=32, metadata={"help": "Prompts per batch, the same for every method."})
     seed: int = field(default=0, metadata={"help": "Of best-of-n's samples. A proxy's seed is its training's."})
     output_dir: str = field(default="outputs/compare", metadata={"help": "Where records, plots and report go."})
+    use_cpu: bool = field(default=False, metadata={"help": "Evaluate on the CPU, whatever else this machine has."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the LM's own code of the hub."})
     overwrite: bool = field(default=False, metadata={"help": "Evaluate again what has a record already."})
 

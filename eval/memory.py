@@ -20,7 +20,9 @@ from eval.speed import (
     prompts_of_length,
 )
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
+from trl_proxy.devices import best_device
 from trl_proxy.loading import load_lm
+from trl_proxy.runs.arguments import to_device
 
 MEMORY_PROCESSES = 5
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -37,9 +39,10 @@ def peak_memory(args: BenchmarkArguments) -> int | None:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=args.dtype
         )
-    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, quantization_config=quantization)
-    if torch.cuda.is_available():
-        lm.to("cuda")
+    device = best_device()
+    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, quantization_config=quantization, device=device)
+    lm = to_device(lm, device)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     _forget_peak()
     ids = prompts_of_length(tokenizer, batch_size, prompt).to(lm.device)
@@ -55,7 +58,7 @@ def peak_memory(args: BenchmarkArguments) -> int | None:
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=device.type == "cpu",
                 bf16=False,
             )
             trainer = ProxyPPOTrainer(
@@ -72,7 +75,7 @@ def peak_memory(args: BenchmarkArguments) -> int | None:
             lm.generate(ids, do_sample=True, top_k=0, **options)
         else:
             ProxyModelForCausalLM(lm, PROXIES[args.memory]).generate(ids, gate_sample=True, **options)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = _status("VmHWM")
     return None if before is None or peak is None else peak - before

@@ -22,7 +22,7 @@ from eval.trained import TrainedRun, read_baseline, read_proxy
 from eval.training_logs import TrainingLog
 from eval.trainings import train_missing
 from trl_proxy import ProxyModelForCausalLM
-from trl_proxy.devices import inference_device
+from trl_proxy.devices import best_device
 from trl_proxy.files import write_text
 from trl_proxy.loading import load_reward
 from trl_proxy.modeling.card import add_results
@@ -46,7 +46,7 @@ class Evaluation:
     """The prompts, rewards and LM that all jobs of a comparison share."""
 
     def __init__(self, args: CompareArguments, model_args: ModelConfig, prompts: Dataset, run: Run):
-        self.args, self.prompts, device = args, prompts, inference_device()
+        self.args, self.prompts, device = args, prompts, best_device(args.use_cpu)
         self.reward, self.gold_reward = (  # before the LM: they are small, and a wrong name fails early
             None if name is None else self._load_reward(name, device)
             for name in (run.reward_model, run.gold_reward_model)

@@ -11,7 +11,8 @@ from eval.training_logs import TrainingLog, training_log
 from trl_proxy import ProxyConfig
 from trl_proxy.core.config import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME, proxy_file
 from trl_proxy.decoding.settings import SAMPLING
-from trl_proxy.runs.resume import RESULTS_FILE, RUN_FILE, read_json
+from trl_proxy.runs.resume import RESULTS_FILE, newest_checkpoint, read_json
+from trl_proxy.trainer.checkpoints import RUN_FILE
 from trl_proxy.trainer.decoding import settings_of
 
 
@@ -51,6 +52,7 @@ def read_proxy(name: str) -> TrainedRun:
     """
     folder, _, tail = name.rpartition(":")
     folder, seed = (folder, int(tail)) if folder and tail.isdigit() else (name, None)
+    check_finished(folder)
     config = ProxyConfig.from_pretrained(folder)
     weights = Path(proxy_file(folder, WEIGHTS_NAME))
     # scripts/train_proxy.py leaves its settings in the output folder, next to the proxy or above a checkpoint
@@ -77,6 +79,15 @@ def read_proxy(name: str) -> TrainedRun:
     )
 
 
+def check_finished(folder: str) -> None:
+    """`ValueError` if a folder is that of a run which has begun and not ended: it names the newest checkpoint."""
+    if checkpoint := newest_checkpoint(folder):
+        raise ValueError(
+            f"The training in {folder} is not finished: let it finish (the same command resumes), or name its newest "
+            f"checkpoint, {checkpoint}."
+        )
+
+
 def at_thresholds(one: TrainedRun, thresholds: list[float]) -> list[TrainedRun]:
     """A copy of a proxy for every threshold that is not its own; an empty list for a baseline."""
     if one.config is None:
@@ -101,6 +112,7 @@ def read_baseline(folder: str) -> TrainedRun:
     if not run_file.is_file():
         raise ValueError(f"{folder} has no {RUN_FILE}: it is no output folder of scripts/train_baseline.py.")
     run = read_json(run_file)
+    check_finished(folder)
     weights = min(Path(folder).glob("*model*.safetensors"), default=None)
     if weights is None:
         raise ValueError(f"{folder} holds no trained model yet: let scripts/train_baseline.py finish first.")

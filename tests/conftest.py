@@ -1,6 +1,7 @@
 """Fixtures that all tests share: one thread, fixed seeds, tiny language models and a tokenizer built in memory."""
 
 import functools
+import gc
 import importlib.util
 import os
 import random
@@ -54,12 +55,34 @@ settings.register_profile("explore", derandomize=False, deadline=None, max_examp
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+def pytest_collection_finish(session):
+    # Every training collects garbage, and takes most of a second to look at all that was imported.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skips tests for a GPU without one, and the slow ones unless they are asked for."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: -m slow runs it"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """Every test starts from the same state of every generator."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_searched():
+    """Every training begins with a garbage collection. It passes over what was there before a file's first test: most
+    of that are the libraries."""
+    gc.freeze()
 
 
 @functools.cache
@@ -220,6 +243,14 @@ def load_ranks():
 
 
 @pytest.fixture(scope="session")
+def recorded_training():
+    """The module `trl_proxy/trainer/recorded_training.py`."""
+    folder = Path(__file__).parent / "trl_proxy" / "trainer"
+    _load(folder / "brute_force_step.py")
+    return _load(folder / "recorded_training.py")
+
+
+@pytest.fixture(scope="session")
 def load_fake_hub():
     """The module `fake_hub.py` next to this file."""
     return _load(Path(__file__).parent / "fake_hub.py")
@@ -274,10 +305,10 @@ def fork_server(tmp_path_factory):
         time.sleep(0.05)
 
     def start(argv, cwd, log, **env):
-        with open(log, "ab") as file:
-            output = (file.fileno(), file.fileno())
+        with open(log, "ab") as file, open(os.devnull, "rb") as nothing:
+            files = (nothing.fileno(), file.fileno(), file.fileno())
             env = {**environment, "PYTHONPATH": f"{root}{os.pathsep}{cwd}", **env}
-            return module.Script(path, [str(x) for x in argv], str(cwd), env, output)
+            return module.Script(path, [str(x) for x in argv], str(cwd), env, files)
 
     start.python = f"{path}.sh"
     yield start

@@ -10,6 +10,7 @@ A client that gets SIGTERM hands it on; one that is killed leaves its script run
 
 import array
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -22,6 +23,9 @@ import threading
 # What the scripts import, at the top of their files and later.
 IMPORTED = (
     "baselines.best_of_n",
+    "gguf",
+    "transformers.modeling_gguf_pytorch_utils",
+    "trl_proxy.embedded.lm",
     "trl_proxy.rewards.classifier",
     "datasets.io.json",
     "eval.plots.comparison",
@@ -38,17 +42,17 @@ class Script:
         server: path of its socket.
         argv: the script and its arguments.
         cwd, env: its working folder and environment.
-        outputs: file descriptors for its output and its errors.
+        files: file descriptors for its input, its output and its errors.
 
     Attributes:
         pid: of the process, the leader of its own session.
     """
 
-    def __init__(self, server: str, argv: list[str], cwd: str, env: dict[str, str], outputs: tuple[int, int]):
+    def __init__(self, server: str, argv: list[str], cwd: str, env: dict[str, str], files: tuple[int, int, int]):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(server)
         request = json.dumps({"argv": argv, "cwd": cwd, "env": env}).encode()
-        self.socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", outputs))])
+        self.socket.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
         self.answers = self.socket.makefile()
         self.pid = int(self.answers.readline())
 
@@ -61,6 +65,7 @@ def serve(path: str) -> None:
     """Listens until it is killed."""
     for module in IMPORTED:
         importlib.import_module(module)
+    gc.freeze()  # a script need not look at all this when it collects garbage
     launcher = f"{path}.sh"
     with open(launcher, "w", encoding="utf-8") as file:
         client = shlex.join([sys.executable, "-S", "-E", os.path.abspath(__file__), path])
@@ -81,7 +86,7 @@ def serve(path: str) -> None:
 
 
 def _attend(connection: socket.socket, launcher: str) -> None:
-    message, control, *_ = connection.recvmsg(1 << 16, socket.CMSG_SPACE(8))
+    message, control, *_ = connection.recvmsg(1 << 16, socket.CMSG_SPACE(12))
     if child := os.fork():
         with contextlib.suppress(OSError):  # the client may be gone
             connection.sendall(f"{child}\n".encode())
@@ -91,8 +96,14 @@ def _attend(connection: socket.socket, launcher: str) -> None:
         os._exit(0)
     connection.close()
     os.setsid()
-    for fd, target in zip(array.array("i", control[0][2]), (1, 2)):
+    for fd, target in zip(array.array("i", control[0][2]), (0, 1, 2)):
         os.dup2(fd, target)
+        os.close(fd)
+    # The server's own objects know what its files can do.
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(fd, mode, buffering=1, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        for fd, mode in enumerate(("r", "w", "w"))
+    )
     request = json.loads(message)
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -125,7 +136,7 @@ def _run_script() -> int:
 
 
 def _stand_for(server: str, argv: list[str]) -> int:
-    script = Script(server, argv, os.getcwd(), dict(os.environ), (1, 2))
+    script = Script(server, argv, os.getcwd(), dict(os.environ), (0, 1, 2))
     signal.signal(signal.SIGTERM, lambda signum, frame: os.kill(script.pid, signum))
     status = script.wait()
     return 128 - status if status < 0 else status

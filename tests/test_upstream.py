@@ -24,6 +24,9 @@ from trl_proxy.trainer.reward_guards import RewardGuardMixin
 
 # The first parameters of each, which are all that we rely on.
 TRAINER = {
+    "_determine_best_metric": "metrics trial",
+    "_push_from_checkpoint": "checkpoint_folder",
+    "push_to_hub": "commit_message blocking token revision private",
     "_calculate_rewards": "inputs prompts completions completion_ids_list",
     "add_callback": "callback",
     "_compute_loss": "model inputs",
@@ -117,6 +120,9 @@ def test_every_override_of_the_cache_is_watched(ours, theirs):
     "what",
     [
         "self._tokenizer =",
+        "self._step = 0",
+        "self._step += 1",
+        "generate_every = self.args.steps_per_generation * self.num_iterations",
         "self._metrics =",
         "self.eos_token_ids =",
         "self.reward_func_names",

@@ -1,22 +1,43 @@
 """Which device a run gets, and what that device computes in."""
 
 import os
+import sys
 
 import torch
-from transformers.utils import is_torch_bf16_available_on_device, is_torch_xla_available, logging
+from transformers.utils import (
+    is_torch_bf16_available_on_device,
+    is_torch_bf16_gpu_available,
+    is_torch_xla_available,
+    logging,
+)
 
 logger = logging.get_logger(__name__)
 
 
-def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+def best_device(use_cpu: bool = False) -> torch.device:
+    """The accelerator if there is one, else the CPU, which `use_cpu` or accelerate's ACCELERATE_USE_CPU asks for."""
+    if use_cpu or _accelerate_uses_cpu() or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def inference_device() -> torch.device:
-    """The device for scripts that do not train: a CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _accelerate_uses_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB so far: of a CUDA device what torch allocated there, else the resident memory of this
+    process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # Unix alone has it
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
 
 
 def has_bfloat16(device: str | torch.device | None = None) -> bool:
@@ -93,11 +114,12 @@ class DeviceDefaults:
         super().__post_init__()  # type: ignore[misc]  # the configuration after this mixin has it
 
     def _choose_device(self) -> None:
-        on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
+        on_cpu = self.use_cpu or _accelerate_uses_cpu()
         if not on_cpu and not torch.accelerator.is_available():
             on_cpu = self.use_cpu = True
             if is_main_process():
                 dtype = "" if has_bfloat16("cpu") else "; `--dtype auto` means float32"
                 logger.warning_once(f"No accelerator was found: this runs on the CPU{dtype}.")
         if self.bf16 is None:
-            self.bf16 = not (on_cpu or self.fp16) and has_bfloat16(best_device())
+            on_accelerator = not (on_cpu or self.fp16) and is_torch_bf16_gpu_available()
+            self.bf16 = on_accelerator and has_bfloat16(best_device())

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 CHECKSUMS_NAME = "checksums.json"  # of a checkpoint
 
@@ -41,14 +43,49 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def temporary_path(path: str | os.PathLike) -> str:
+    """A name beside the file that no other process uses: two that write the same file do not meet."""
+    return f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp"
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Deletes the temporary files that a killed process left in a folder."""
+    for path in Path(folder).glob("*.tmp"):
+        if re.search(r"\.[0-9a-f]{8}\.tmp$", path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """Gives a temporary path to write to. If that succeeds, the file is on the disk and becomes `path` in one step;
+    otherwise it is deleted, and `path` stays what it was."""
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Waits until a file is on the disk: a machine that loses its power later finds it whole."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file in one step, so that nobody finds half of it; creates its folders. Raises [`WriteError`]."""
     path = os.fspath(path)
     with writing(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(path + ".tmp", path)
 
 
 def make_readable(path: str | os.PathLike) -> None:

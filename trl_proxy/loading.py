@@ -46,7 +46,8 @@ def load_lm(
         dtype: as for `from_pretrained`. By default, and by `auto`, the one the weights are stored in. On a device
             without bfloat16 it is float32 (a CPU) or float16 (an accelerator).
         quantization_config, revision, trust_remote_code, kwargs: as for `from_pretrained`.
-        device: the device that the LM will run on; by default the accelerator if there is one. The LM is not moved.
+        device: the device that the LM will run on; by default the accelerator if there is one. Quantized weights are
+            loaded there, others are not moved.
 
     Raises:
         `ValueError`: the tokenizer has no end-of-sequence token.
@@ -65,6 +66,8 @@ def load_lm(
             logger.warning_once(f"This {target.type} device has no bfloat16: the LM runs in float16.")
     else:
         warn_of_emulation(dtype, target)
+    if quantization_config is not None:  # bitsandbytes would take any accelerator that it finds
+        kwargs.setdefault("device_map", {"": "cpu" if target.type == "cpu" else str(target)})
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
     )

@@ -34,7 +34,7 @@ from eval.judges.pairwise import (
 )
 from eval.records import git_commit, package_versions
 from eval.report.tables import print_table
-from trl_proxy.devices import inference_device
+from trl_proxy.devices import best_device
 from trl_proxy.loading import EMBEDDED
 from trl_proxy.runs.arguments import FrozenModelConfig, load_policy, parse_dicts, to_device
 from trl_proxy.runs.parsing import RecipeParser
@@ -169,7 +169,7 @@ def text_judge(judge: PairwiseJudge, settings: dict, prices: tuple[float, float]
 
 def local_judge(args: JudgeArguments, model_args: ModelConfig, template: Template) -> Judging:
     """The causal LM that the model arguments name."""
-    device = inference_device()
+    device = best_device()
     lm, tokenizer = load_policy(model_args, args, device)
     lm = to_device(lm, device)
     name = f"transformers {model_args.model_name_or_path or EMBEDDED}"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def tiny_arguments(script, tmp_path, tiny_lm, tiny_tokenizer):
     return build
 
 
-def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch):
+def test_it_times_every_method(script, tiny_arguments, tmp_path, monkeypatch, fork_server):
+    monkeypatch.setattr(sys, "executable", fork_server.python)
     monkeypatch.setattr(memory, "MEMORY", ("generate", "prefix", "train"))  # each is its own process
     monkeypatch.setattr(memory, "PRECISIONS", (False,))
     monkeypatch.setattr(memory, "MEMORY_PROCESSES", 1)
@@ -80,14 +82,15 @@ def test_an_interrupted_run_goes_on(script, tiny_arguments, tmp_path, monkeypatc
 
     monkeypatch.setattr(memory, "MEMORY", ())
     monkeypatch.setattr(script, "measure", interrupted)
+    arguments = tiny_arguments(batch_sizes=[3], prompt_tokens=[5], rounds=1)
     with pytest.raises(KeyboardInterrupt):
-        script.benchmark(tiny_arguments())
+        script.benchmark(arguments)
     monkeypatch.setattr(script, "measure", lambda cell, *args: [measured.append(cell), measure(cell, *args)][1])
-    found = script.benchmark(tiny_arguments())
-    assert measured == script.grid(tiny_arguments())
-    assert len(found["cells"]) == len(measured)
+    found = script.benchmark(arguments)
+    assert measured == script.grid(arguments)
+    assert len(found["cells"]) == len(measured) == 3
     assert [path.name for path in (tmp_path / "out").glob("*.json*")] == ["benchmark.json"]
-    script.benchmark(tiny_arguments())
+    script.benchmark(arguments)
     assert len(measured) == 2 * len(found["cells"]), "a finished benchmark is measured again"
 
 

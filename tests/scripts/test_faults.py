@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from eval.records import read_record, read_records
-from trl_proxy import ProxyConfig
+from trl_proxy import ProxyConfig, files
 from trl_proxy.files import WriteError, damaged_files
 from trl_proxy.runs import resume
 from trl_proxy.runs.process import one_sentence
@@ -274,8 +274,14 @@ WRITTEN = [
 ]
 
 
+@pytest.fixture
+def known_names(monkeypatch):
+    """Temporary files have names that a test knows."""
+    monkeypatch.setattr(files, "temporary_path", lambda path: f"{path}.tmp")
+
+
 @pytest.mark.parametrize("place", WRITTEN)
-def test_a_full_disk_loses_nothing(train, whole, tmp_path, place):
+def test_a_full_disk_loses_nothing(train, whole, tmp_path, place, known_names):
     """Every kind of file that a training writes, at the moment when that one finds no room."""
     full = tmp_path / "out" / place
 
@@ -336,7 +342,7 @@ def test_an_output_folder_that_cannot_be_made(train, place):
     assert_one_sentence(error.value, f"The folder {place} cannot be written (", "choose another --output_dir")
 
 
-def test_the_records_file_is_the_first(train, tmp_path):
+def test_the_records_file_is_the_first(train, tmp_path, known_names):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json.tmp").symlink_to("/dev/full")
     with pytest.raises(WriteError, match=r"run\.json could not be written \(No space left on device\)"):

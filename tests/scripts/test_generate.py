@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from trl import ModelConfig
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM
 
@@ -165,10 +166,57 @@ def test_it_prints_an_answer_with_and_without_a_proxy(script, saved, capsys, mon
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_lm_is_loaded_as_in_the_other_scripts(script, saved, monkeypatch, capsys, cpu):
+    """On the accelerator unless the CPU is asked for, with the flags of compare.py, in the weights' own dtype."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    loaded = []
+
+    class Loaded(Exception):
+        pass
+
+    def load(model_args, args, device):
+        loaded.extend([model_args, args, device])
+        raise Loaded
+
+    monkeypatch.setattr(script, "load_policy", load)
+    words = ["--load_in_4bit", *saved("prefix"), "--attn_implementation", "eager", "--model_revision", "v1"]
+    words += ["--trust_remote_code", "--use_bnb_nested_quant", *["--use_cpu"] * cpu]
+    with pytest.raises(Loaded):
+        script.ask(script.make_parser().parse_args([*words, "--load_in_8bit", "false", "Hello"]))
+    model_args, args, device = loaded
+    assert isinstance(model_args, ModelConfig)
+    assert (model_args.load_in_4bit, model_args.use_bnb_nested_quant, model_args.load_in_8bit) == (True, True, False)
+    assert (model_args.attn_implementation, model_args.model_revision, model_args.dtype) == ("eager", "v1", "auto")
+    assert (args.trust_remote_code, device.type) == (True, "cpu" if cpu else "meta")
+
+
+def test_a_question_may_follow_any_option(script):
+    parser = script.make_parser()
+    for words in (["--load_in_4bit", "How?"], ["How?", "--load_in_4bit"], ["--load_in_4bit", "true", "How?"]):
+        args = parser.parse_args(words)
+        assert (args.prompt, args.load_in_4bit) == ("How?", True)
+    args = parser.parse_args(["--load_in_4bit", "no", "--threshold", "-1e-5", "How?"])
+    assert (args.load_in_4bit, args.threshold) == (False, -1e-5)
+    assert "lora" not in parser.format_help()
+
+
+def test_an_answer_in_4_bit(script, saved, capsys):
+    words = ["Hello", *saved("prefix"), "--max_new_tokens", "4", "--load_in_4bit"]
+    script.ask(script.make_parser().parse_args(words))
+    assert "4 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.fault
 def test_mistakes_are_one_sentence(script, saved, tmp_path):
     flags = saved("prefix")
     with pytest.raises(ValueError, match="name one with --proxy"):
         script.ask(script.make_parser().parse_args(["Hello", "--trace"]))
+    with pytest.raises(ValueError, match="unrecognized arguments: --lod_in_4bit"):
+        script.make_parser().parse_args(["Hello", "--lod_in_4bit"])
+    with pytest.raises(ValueError, match=r"use_peft.*frozen"):
+        script.ask(script.make_parser().parse_args(["Hello", "--use_peft"]))
     with pytest.raises(ValueError, match="holds no proxy"):
         script.ask(script.make_parser().parse_args(["Hello", *flags[:2], "--proxy", str(tmp_path / "lm")]))

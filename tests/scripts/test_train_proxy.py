@@ -188,22 +188,6 @@ def test_a_signal_does_not_wait_for_slow_updates(script, tiny_run, monkeypatch, 
     assert (tmp_path / "out" / "checkpoint-5" / "proxy_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("every", [4, 8])
-def test_the_best_checkpoint_is_kept(script, tiny_run, monkeypatch, tmp_path, every):
-    """Also if it is the last one, and when the finished run is called again."""
-    flags = {"save_steps": every, "eval_steps": every, "eval_strategy": "steps", "dataset_test_split": "train"}
-    flags |= {"load_best_model_at_end": "true", "metric_for_best_model": "eval_reward", "num_generations_eval": 1}
-    for _ in range(2):
-        run(script, tiny_run(**flags), monkeypatch, tmp_path)
-        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-        best = tmp_path / "out" / f"checkpoint-{state['best_global_step']}"
-        assert state["best_model_checkpoint"] == str(best)
-        kept, weights = (load_file(path / "proxy_model.safetensors") for path in (best, tmp_path / "out"))
-        assert all(torch.equal(kept[name], weights[name]) for name in kept)
-    state = json.loads((tmp_path / "out" / "checkpoint-8" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(best)
-
-
 @pytest.mark.fault
 def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path):
     run(script, tiny_run(), monkeypatch, tmp_path)
@@ -319,7 +303,6 @@ def test_two_processes_train_one_proxy(start_ranks, launch_two, tiny_run, tiny_l
     shared = {"per_device_train_batch_size": 2, "num_generations": 2, "replay_rollouts": 2}
     statuses, printed = run_both(max_steps=12, output_dir=tmp_path / "whole")
     assert statuses == [0, 0], printed[-2000:]
-    rewards = (tmp_path / "my_rewards.py").read_text()
     when = "os.environ['RANK'] == '1' and os.path.isdir('out/checkpoint-4')"
     (tmp_path / "my_rewards.py").write_text(SIGNALLING.format(when=when, name="SIGTERM"))
     statuses, printed = run_both(max_steps=12)
@@ -327,8 +310,7 @@ def test_two_processes_train_one_proxy(start_ranks, launch_two, tiny_run, tiny_l
     assert printed.count("train_proxy: SIGTERM ended the run") == printed.count("train_proxy: ") == 1
     assert (tmp_path / "out" / "checkpoint-8" / "proxy_model.safetensors").is_file()
     assert not (tmp_path / "out" / "train_results.json").exists()
-    (tmp_path / "my_rewards.py").write_text(rewards)
-    statuses, printed = run_both(max_steps=12)
+    statuses, printed = run_both(max_steps=12)  # the signal is sent once
     assert "Resuming from" in printed
     assert statuses == [0, 0], printed[-2000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())

@@ -1,6 +1,7 @@
 """Without a flag a run gets the device that this machine has, and a dtype that the device computes in."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from trl_proxy import (
     ProxyPPOTrainer,
     devices,
 )
+from trl_proxy.runs.arguments import FrozenModelConfig, load_policy
 
 CONFIGS = [PPOConfig, ProxyPPOConfig, GuardedRLOOConfig, GuardedGRPOConfig, DeviceDPOConfig]
 
@@ -40,6 +42,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16)
         monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+        monkeypatch.setattr("trl_proxy.devices.is_torch_bf16_gpu_available", lambda: True)
 
     return pretend
 
@@ -103,6 +106,51 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     assert ProxyPPOConfig(output_dir=str(tmp_path)).bf16 is False
     assert devices.half_dtype("cpu") == "float32"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_auto_is_a_dtype_of_the_device_that_runs_the_lm(
+    gpu, monkeypatch, tmp_path, tiny_lm, tiny_tokenizer, device, bfloat16
+):
+    """Of the device, not of the other one, which computes in what this one lacks."""
+    tiny_lm(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    gpu(bfloat16 if device == "cuda" else not bfloat16)
+    of_cpu = bfloat16 if device == "cpu" else not bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": of_cpu})
+    chosen = devices.best_device(use_cpu=device == "cpu")
+    assert chosen.type == device
+    expected = torch.bfloat16 if bfloat16 else {"cpu": torch.float32, "cuda": torch.float16}[device]
+    lm, _ = load_policy(
+        FrozenModelConfig(str(tmp_path), dtype="auto"), SimpleNamespace(trust_remote_code=False), chosen
+    )
+    assert lm.dtype == expected
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantized_weights_go_to_the_device_that_was_asked_for(monkeypatch, tmp_path, tiny_lm, tiny_tokenizer, bits):
+    """Not to the accelerator that the machine has as well: bitsandbytes would look for it."""
+    tiny_lm().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+
+    def taken():
+        raise AssertionError("the GPU was taken")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", taken)
+    model_args = FrozenModelConfig(str(tmp_path), dtype="float32", **{bits: True})
+    lm, _ = load_policy(model_args, SimpleNamespace(trust_remote_code=False), torch.device("cpu"))
+    assert lm.is_quantized
+    assert lm.device.type == "cpu"
+
+
+def test_the_cpu_can_be_asked_for(gpu, monkeypatch):
+    gpu(True)
+    assert devices.best_device().type == "cuda"
+    assert devices.best_device(use_cpu=True).type == "cpu"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert devices.best_device().type == "cpu"
 
 
 @pytest.mark.parametrize("trainer", ["proxy", "ppo"])

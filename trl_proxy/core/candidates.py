@@ -64,7 +64,7 @@ def propose(
     token_ids, by_id = token_ids.sort(dim=-1)
     top, by_logit = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     token_ids = token_ids.gather(-1, by_logit)
-    token_ids[..., 0] = logits.argmax(dim=-1)  # even if all tokens are banned
+    token_ids[..., 0].masked_fill_(top[..., 0] == -torch.inf, 0)  # as `argmax` if all tokens are banned
 
     if temperature != 1.0:
         logits, top = logits / temperature, top / temperature
@@ -73,21 +73,28 @@ def propose(
     floor = math.log(p_t) + (log_probs[..., :1] if p_t_mode == "relative" else 0.0)
     mask = (log_probs >= floor) & (top > -torch.inf)
     mask[..., 0] = True
-    if (full := mask[..., -1]).any():
-        # More ties at the last place than there is room for: `topk` keeps any of them, we want the lower ids.
-        rows, tied = logits[full], top[full][:, -1:]
-        crowded = (rows == tied).sum(-1) > (top[full] == tied).sum(-1)
-        if crowded.any():
-            ids, ahead = token_ids[full], (top[full] > tied).sum(-1, keepdim=True)
-            falling = -torch.arange(rows.shape[-1], device=rows.device, dtype=torch.float)
-            lowest = torch.where(rows == tied, falling, -torch.inf).topk(k, dim=-1).indices
-            place = torch.arange(k, device=rows.device) - ahead
-            token_ids[full] = torch.where(place < 0, ids, lowest.gather(-1, place.clamp(min=0)))
+    # There may be more ties at the last place than there is room for: `topk` keeps any of them. A CPU asks first
+    # whether there are; elsewhere that would wait for the device.
+    crowded, tied = mask[..., -1], top[..., -1:]
+    if (on_cpu := crowded.device.type == "cpu") and crowded.any():
+        crowded = crowded & ((logits == tied).sum(-1) > (top == tied).sum(-1))
+    if not on_cpu or crowded.any():
+        token_ids = torch.where(crowded[..., None], _with_lowest_ids(logits, top, token_ids), token_ids)
     if proposal == "sampled":
         keys = log_probs - torch.empty_like(log_probs).exponential_().log()  # log p + Gumbel noise
         order = keys.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True)
         token_ids, log_probs, mask = (x.gather(-1, order) for x in (token_ids, log_probs, mask))
     return Candidates(token_ids, log_probs, mask)
+
+
+def _with_lowest_ids(logits: torch.Tensor, top: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """The `token_ids` `(..., K)` of the `top` logits, where those that tie with the last are the lowest that do."""
+    tied = top[..., -1:]
+    ahead = (top > tied).sum(-1, keepdim=True)
+    place = torch.arange(top.shape[-1], device=top.device) - ahead
+    ties_so_far = (logits == tied).cumsum(-1, dtype=torch.int32)
+    lowest = torch.searchsorted(ties_so_far, (place + 1).int()).clamp(max=logits.shape[-1] - 1)
+    return torch.where(place < 0, token_ids, lowest)
 
 
 def propose_for(config: ProxyConfig, scores: torch.Tensor) -> Candidates:

@@ -53,8 +53,14 @@ def candidate_scalars(candidates: Candidates, positions: torch.Tensor) -> torch.
 
 def prefix_features(state: torch.Tensor, embeddings: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
     """Prefix features `(N, feature_size)` float32 of candidates: the state before each `(N, state_size)`, its input
-    embedding `(N, embedding_size)` and its [`candidate_scalars`]."""
-    return torch.cat([part.float() for part in (state, embeddings.to(state.device), scalars)], dim=-1)
+    embedding `(N, embedding_size)` and its [`candidate_scalars`]; on the device of these."""
+    return torch.cat([part.to(scalars.device).float() for part in (state, embeddings, scalars)], dim=-1)
+
+
+def places_of(mask: torch.Tensor) -> torch.Tensor:
+    """Where to work if only the True entries of a mask `(N,)` need it: their indices on a CPU, all indices elsewhere.
+    There the work is cheap, and their number would have to be waited for. Mask what comes out."""
+    return mask.nonzero()[:, 0] if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
 
 
 def accept_logits(
@@ -72,11 +78,11 @@ def accept_logits(
     Returns:
         `(B, K)` float32; 0 beyond the candidates and at positions with one candidate, which ask nothing.
     """
-    logits = state.new_zeros(candidates.mask.shape, dtype=torch.float32)
     # (1) Forced last candidate: a position with one candidate asks nothing. Most positions of a good LM have one.
     asked = candidates.mask & (candidates.counts > 1)[:, None]
-    rows, _ = asked.nonzero(as_tuple=True)
-    scalars = candidate_scalars(candidates, positions)[asked]
-    features = prefix_features(state[rows], embed(candidates.token_ids[asked]), scalars)
-    logits[asked] = proxy.accept_logits(features, rows)
-    return logits
+    places = places_of(asked.flatten())
+    rows = places // asked.shape[1]
+    scalars = candidate_scalars(candidates, positions).flatten(0, 1)[places]
+    features = prefix_features(state.to(rows.device)[rows], embed(candidates.token_ids.flatten()[places]), scalars)
+    logits = scalars.new_zeros(asked.numel()).index_copy(0, places, proxy.accept_logits(features, rows))
+    return torch.where(asked, logits.view_as(asked), 0.0)

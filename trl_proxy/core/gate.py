@@ -37,12 +37,14 @@ class ProxyMLP(nn.Module):
         nn.init.constant_(self.mlp[-1].bias, bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`(..., feature_size)` of any float dtype -> `(...)` float32."""
+        """`(..., feature_size)` of any float dtype -> `(...)` float32 on their device, which may be another than the
+        network's."""
+        device = self.feature_mean.device
         # PPO's ratios need float32 even if the LM runs in bfloat16 autocast.
-        with torch.autocast(features.device.type, enabled=False):
-            parts, scalars = self.normalise(features)
+        with torch.autocast(device.type, enabled=False):
+            parts, scalars = self.normalise(features.to(device))
             parts = (parts - self.feature_mean) / self.feature_std
-            return self.mlp(torch.cat([parts, scalars], dim=-1)).squeeze(-1)
+            return self.mlp(torch.cat([parts, scalars], dim=-1)).squeeze(-1).to(features.device)
 
     def normalise(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(..., feature_size)` -> the parts after LayerNorm `(..., sum(part_sizes))` and the scalars, float32."""
@@ -51,8 +53,8 @@ class ProxyMLP(nn.Module):
 
     @property
     def is_new(self) -> bool:
-        """Whether the last layer is still zero, so that the output does not depend on the features."""
-        return not self.mlp[-1].weight.any()
+        """Whether it has no moments yet, and the last layer is still zero: the output does not depend on either."""
+        return not (self.mlp[-1].weight.any() or self.feature_mean.any())
 
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Sets the moments, `(sum(part_sizes),)` each, of the parts after LayerNorm over typical features."""

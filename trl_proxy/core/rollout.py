@@ -120,8 +120,10 @@ def record_prefix_steps(
 
 
 class CandidateDecisions(NamedTuple):
-    """N decisions taken at once, in different rows, with candidate features; `hidden` is `(N, d)`, the rest `(N,)`."""
+    """N candidates that were fed at once, with candidate features; `hidden` is `(N, d)`, the rest `(N,)`. Those where
+    `mask` is False were no decisions."""
 
+    mask: torch.Tensor
     rows: torch.Tensor
     hidden: torch.Tensor
     positions: torch.Tensor
@@ -134,10 +136,11 @@ def record_candidate_decisions(events: list[CandidateDecisions], token_log_probs
     """The rollout of decisions that came row by row, in any order of rows; `events` must not be empty."""
     batch, device = len(token_log_probs), token_log_probs.device
     event = CandidateDecisions(*(torch.cat(x) for x in zip(*events)))
-    counts = torch.bincount(event.rows, minlength=batch)
-    width = max(int(counts.max()), 1)
-    order = event.rows.argsort(stable=True)
+    decisions = event.mask.nonzero()[:, 0]
+    order = decisions[event.rows[decisions].argsort(stable=True)]
     rows = event.rows[order]
+    counts = torch.bincount(rows, minlength=batch)
+    width = max(int(counts.max()), 1)
     place = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[rows]
 
     def padded(values: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ The loop is plugged into transformers' `generate` through `custom_generate`. It 
 but no rewards or training.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..core.config import ProxyConfig
 from ..core.rollout import Decisions, record_candidate_decisions
 from .candidate_loop import CandidateLoop
-from .hidden_states import parameters_of, without_peft
+from .hidden_states import execution_device, parameters_of, without_peft
 from .options import GatedCall, ProxyGenerateOutput
 from .row_cache import RowCache
 
@@ -69,7 +70,7 @@ def check_overwritable(lm) -> None:
 @torch.no_grad()
 def _fills(lm, cache: DynamicCache) -> bool:
     """Whether the LM keeps what it reads in this cache, and nothing else. Some ignore it, or add own tokens."""
-    lm(input_ids=torch.tensor([[3, 4, 5]], device=lm.device), past_key_values=cache, use_cache=True)
+    lm(input_ids=torch.tensor([[3, 4, 5]], device=execution_device(lm)), past_key_values=cache, use_cache=True)
     return {layer.get_seq_length() for layer in cache.layers} == {3}
 
 
@@ -77,7 +78,8 @@ def _fills(lm, cache: DynamicCache) -> bool:
 def _overwrites(lm) -> bool:
     """Tries it. A prompt with padding must read as in `generate`. After `3 4 5 6` one row takes the 6 back and reads a
     7 in its place, the other reads the 7 next."""
-    text = torch.tensor([[3, 4, 5, 6, 7]], device=lm.device)
+    device = execution_device(lm)
+    text = torch.tensor([[3, 4, 5, 6, 7]], device=device)
     cache = RowCache.for_lm(lm, prompt_width=3, capacity=5)
     seen = text.new_ones(2, 5)
     position = text.new_tensor([[0, 1, 2], [0, 1, 2]])
@@ -88,15 +90,15 @@ def _overwrites(lm) -> bool:
 
     read(text[:, :3], 3)
     position = text.new_tensor([[3], [3]])
-    read(text[:, 3:4], cache.set_write_positions(position[:, 0], 1))
+    read(text[:, 3:4], cache.set_write_positions(position[:, 0], 1, 3, 3))
     position = text.new_tensor([[3], [4]])
     seen[0, 4] = 0
-    found = read(text[:, 4:], cache.set_write_positions(position[:, 0], 1))
-    plain = [lm(input_ids=ids).logits[0, -1] for ids in (text[:, [0, 1, 2, 4]], text)]
+    found = read(text[:, 4:], cache.set_write_positions(position[:, 0], 1, 3, 4))
+    plain = [lm(input_ids=ids).logits[0, -1] for ids in (torch.cat([text[:, :3], text[:, 4:]], 1), text)]
     padded = {"input_ids": text.new_tensor([[0, 0, 3, 4, 5]]), "attention_mask": text.new_tensor([[0, 0, 1, 1, 1]])}
     plain.append(_first_logits(without_peft(lm), padded))
     prompt = lm(**padded, position_ids=text.new_tensor([[0, 0, 0, 1, 2]])).logits[:, -1]
-    found, wanted = torch.cat([found, prompt]).float(), torch.stack(plain).float()
+    found, wanted = (torch.stack([x.to(device) for x in logits]).float() for logits in ([*found, *prompt], plain))
     tolerance = (1e-3 if lm.dtype == torch.float32 else 5e-2) * (wanted.amax() - wanted.amin())
     return bool((found - wanted).abs().max() < tolerance)
 
@@ -104,12 +106,9 @@ def _overwrites(lm) -> bool:
 def _first_logits(lm, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The logits `(vocab,)` from which `generate` takes the first token of one prompt."""
     options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    # The LM's own configuration may ask for beams, or for a tokenizer.
-    configured, lm.generation_config = lm.generation_config, GenerationConfig()
-    try:
-        return lm.generate(**inputs, **options, pad_token_id=0).logits[0][0]
-    finally:
-        lm.generation_config = configured
+    lm = copy.copy(lm)  # with the same weights
+    lm.generation_config = GenerationConfig()  # its own may ask for beams, or for a tokenizer
+    return lm.generate(**inputs, **options, pad_token_id=0).logits[0][0]
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """The loop of candidate features: every row feeds its own next candidates to the LM, and keeps or overwrites them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from ..core.candidates import Candidates, propose_for
-from ..core.features import state_size
+from ..core.features import places_of, state_size
 from ..core.gate import decide
 from ..core.rollout import CandidateDecisions
 from .hidden_states import HiddenStateHook
@@ -33,6 +33,7 @@ class _Active(NamedTuple):
     log_probs: torch.Tensor  # (A, K)
     last: torch.Tensor  # (A,) rank of the last candidate
     waiting: torch.Tensor  # (A,) bool: has accepted the token of this step, see `CandidateLoop.in_step`
+    ended: torch.Tensor  # (A,) bool
 
     def select(self, keep: torch.Tensor) -> "_Active":
         return _Active(*(x[keep] for x in self))
@@ -47,6 +48,9 @@ class CandidateLoop:
     A row that has accepted a token goes on at once. If there are logits processors, stopping criteria or a streamer,
     it waits for the others (`in_step`): these see all rows at every step, as in transformers' own loop. A waiting row
     feeds its accepted token once more, which changes nothing.
+
+    Off the CPU all shapes follow from the number of active rows. Only `_settle` waits for the device: it reads what
+    the next forward needs to know of the rows.
     """
 
     def __init__(self, lm, input_ids, processors, criteria, generation_config, config, streamer, tree):
@@ -71,7 +75,7 @@ class CandidateLoop:
         """Reads the prompts, each distinct one once, and forms the first candidates."""
         slots = self.capacity + TREE_CANDIDATES - 1  # room for a tree at the last position
         self.cache = RowCache.for_lm(self.lm, self.prompt_width, slots)
-        with HiddenStateHook(self.lm, self.config.feature_layers) as states:
+        with HiddenStateHook(self.lm, self.config.feature_layers, device=self.device) as states:
             output = self.lm(
                 input_ids=input_ids[::repeats],
                 attention_mask=attention_mask[::repeats],
@@ -86,8 +90,8 @@ class CandidateLoop:
             self.total = total[:, -1].repeat_interleave(repeats, dim=0)
         # Decisions of no rows, so that a batch without any decision has a record of the right shapes.
         none, state = input_ids.new_zeros(0), states.state.new_zeros(0, state_size(self.config))
-        self.events = [CandidateDecisions(none, state, none, none, none.bool(), none.float())]
-        logits = output.logits[:, -1]
+        self.events = [CandidateDecisions(none.bool(), none, state, none, none, none.bool(), none.float())]
+        logits = output.logits[:, -1].to(self.device)
         if repeats > 1:
             self.cache.select_rows(rows // repeats)
             logits = logits.repeat_interleave(repeats, dim=0)
@@ -98,51 +102,40 @@ class CandidateLoop:
         if self.in_step:
             self.steps, self.next_logits = 0, logits.float()
         candidates = self._propose(logits)
-        last, waiting = candidates.counts - 1, torch.zeros_like(rows, dtype=torch.bool)
+        last, no = candidates.counts - 1, torch.zeros_like(rows, dtype=torch.bool)
         lengths = attention_mask.sum(-1)
-        self.active = _Active(rows, zeros, lengths, visible, zeros, *candidates[:2], last=last, waiting=waiting)
+        self.active = _Active(rows, zeros, lengths, visible, zeros, *candidates[:2], last=last, waiting=no, ended=no)
+        self._settle()
 
     def offer(self, judge, threshold: float, sample: bool, keep_hidden: bool) -> None:
         """Offers each active row its next candidate, or its next few as a tree, in one forward of the LM."""
-        # A forced token that ends its response needs no forward, as in plain decoding.
-        token, forced = self.active.at_rank(self.active.token_ids), self.active.rank == self.active.last
-        if (over := forced & self._is_final(token)).any():
-            if self.in_step:
-                self._wait(over)
-                if self.active.waiting.all():
-                    return self._finish_step()
-            else:
-                self._accept(over.nonzero()[:, 0], token, forced)
-                self._keep((~over).nonzero()[:, 0])
-                if not len(self.active.rows):
-                    return
-
         active = self.active
         rows = torch.arange(len(active.rows), device=self.device)
-        left = torch.where(active.waiting, 0, active.last - active.rank)
-        n = min(int(left.max()) + 1, TREE_CANDIDATES) if self._as_tree() else 1
+        n = min(self.most_left + 1, TREE_CANDIDATES) if self._as_tree() else 1
         ranks = active.rank[:, None] + torch.arange(n, device=self.device)  # (A, n)
         tokens = active.token_ids.gather(1, torch.minimum(ranks, active.last[:, None]))
         waiting = active.waiting[:, None]
         asked = (ranks < active.last[:, None]) & ~waiting
         accept = (ranks == active.last[:, None]) | waiting
-        state: Any = None
+        first = head = state = rows  # set in `select`
 
         def select(hidden: torch.Tensor) -> torch.Tensor:
             """Decides before the LM's head, which runs only for rows that need new candidates."""
-            nonlocal state
-            if asked.any():
-                state = self._state(states.hidden)
-                rows_asked = active.rows[:, None].expand_as(asked)[asked]
-                accept[asked] = decide(judge(state[asked], rows_asked), threshold, sample)
+            nonlocal accept, first, head, state
+            places = places_of(asked.flatten())
+            if len(places):
+                state = self._state(states.hidden).flatten(0, 1)
+                decisions = decide(judge(state[places], active.rows[places // n]), threshold, sample)
+                decisions = accept.flatten().index_copy(0, places, decisions).view_as(accept)
+                accept = torch.where(asked, decisions, accept)
             first = accept.long().argmax(-1)
-            final = self._is_final(tokens[rows, first])
-            return hidden[rows, first][accept[rows, first] & ~final & ~active.waiting]
+            head = places_of(self._needs_candidates(tokens, accept, first))
+            return hidden.flatten(0, 1)[(rows * n + first)[head].to(hidden.device)]
 
         slots = self.prompt_width + active.length
         visible = active.visible.scatter(1, slots[:, None], 1)
-        width = self.cache.set_write_positions(slots, n)
-        with HiddenStateHook(self.lm, self.config.feature_layers, select) as states:
+        width = self.cache.set_write_positions(slots, n, *self.span)
+        with HiddenStateHook(self.lm, self.config.feature_layers, select, device=self.device) as states:
             output = self.lm(
                 input_ids=tokens,
                 attention_mask=visible[:, :width] if n == 1 else self._tree_mask(active.visible[:, :width]),
@@ -150,84 +143,109 @@ class CandidateLoop:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        first = accept.long().argmax(-1)
-        taken = accept[rows, first] & ~active.waiting
+        taken = accept.any(-1) & ~active.waiting
         self.forwards[active.rows] += (~active.waiting).long()
         self.rejections[active.rows] += torch.where(taken | active.waiting, first, n)
-        if keep_hidden and asked.any():
-            self._record(state, tokens, ranks, asked, accept)
+        if keep_hidden:
+            self._record(state, tokens, ranks, asked, accept, first)
         if self.config.pooled_features:
-            self.total[active.rows[taken]] += states.hidden[rows, first][taken].float()
-        self._advance(tokens, first, taken, slots, visible, output.logits)
+            self.total[active.rows] += torch.where(taken[:, None], states.hidden[rows, first].float(), 0.0)
+        if n > 1:
+            moved = places_of(taken & (first > 0))
+            source = slots + torch.where(taken, first, 0)
+            self.cache.move(moved, source[moved], slots[moved])
+        self.active = active._replace(rank=active.rank + first, visible=visible)
+        logits = output.logits.flatten(0, -2).to(self.device)
+        self._advance(tokens[rows, first], taken, n, head, logits)
+        self._settle()
 
-    def _record(self, state, tokens, ranks, asked, accept) -> None:
+    def _needs_candidates(self, tokens, accept, first) -> torch.Tensor:
+        """`(A,)` bool: whether a row has accepted its token just now, and goes on after it."""
+        # (3) EOS: a row whose accepted token is final gets no new candidates.
+        token = tokens.gather(1, first[:, None])[:, 0]
+        return accept.any(-1) & ~self._is_final(token) & ~self.active.waiting
+
+    def _record(self, state, tokens, ranks, asked, accept, first) -> None:
         """Keeps the decisions of this forward, `(A, n)` each, up to the first that accepts."""
-        active, first = self.active, accept.long().argmax(-1)
-        taken = accept.any(-1)
-        decided = asked & ((ranks - active.rank[:, None] <= first[:, None]) | ~taken[:, None])
+        active = self.active
+        decided = asked & ((ranks - active.rank[:, None] <= first[:, None]) | ~accept.any(-1, keepdim=True))
+        places = places_of(decided.flatten())
+        if not len(places):
+            return
         # (1) Forced last candidate: a position's last decision accepts, or rejects all but the last candidate. The
         # last one is then accepted, so its log-probability is recorded.
         to_last = ~accept & (ranks + 1 == active.last[:, None])
         log_probs = active.log_probs.gather(1, (ranks + to_last).clamp(max=active.log_probs.shape[1] - 1))
         log_probs = torch.where(accept | to_last, log_probs, 0.0)
-        places = (x[:, None].expand_as(ranks) for x in (active.rows, active.length))
-        row, length, hidden, *rest = (x[decided] for x in (*places, state, tokens, accept, log_probs))
-        self.events.append(CandidateDecisions(row, hidden, length, *rest))
+        of_row = (x[:, None].expand_as(ranks) for x in (active.rows, active.length))
+        mask, row, length, *rest = (x.flatten()[places] for x in (decided, *of_row, tokens, accept, log_probs))
+        self.events.append(CandidateDecisions(mask, row, state[places], length, *rest))
 
-    def _advance(self, tokens, first, taken, slots, visible, logits) -> None:
-        """Moves every row on: to its next position if a candidate was accepted just now, else to its next
-        candidates."""
-        rows, n = torch.arange(len(tokens), device=self.device), tokens.shape[1]
-        self.active = active = self.active._replace(rank=self.active.rank + first, visible=visible)
-        moved = (taken & (first > 0)).nonzero()[:, 0]
-        if len(moved):
-            self.cache.move(moved, slots[moved] + first[moved], slots[moved])
-        token, forced = tokens[rows, first], active.rank == active.last
-        final = self._is_final(token)
+    def _advance(self, token, taken, n: int, head, logits) -> None:
+        """Moves every row on: to its next position if it took this token just now, else to its next candidates.
+        `logits` `(N, vocab)` are those of the active rows `head`."""
+        active = self.active
+        forced, final = active.rank == active.last, self._is_final(token)
+        going = (taken & ~final)[head, None]
         if self.in_step:
-            self.next_logits[active.rows[taken & ~final]] = logits.view(-1, self.next_logits.shape[-1]).float()
-            self.active = active._replace(rank=torch.where(taken | active.waiting, active.rank, active.rank + n))
-            self._wait(taken)
-            if self.active.waiting.all():
-                self._finish_step()
+            rows = active.rows[head]
+            self.next_logits[rows] = torch.where(going, logits.float(), self.next_logits[rows])
+            rank = torch.where(taken | active.waiting, active.rank, active.rank + n)
+            self.active = active._replace(rank=rank, waiting=active.waiting | taken)
             return
-        self._accept(taken.nonzero()[:, 0], token, forced)
-        active = self.active._replace(rank=torch.where(taken, 0, active.rank + n))
-        # (3) EOS: a row whose accepted token is final gets no new candidates.
-        going = (taken & ~final).nonzero()[:, 0]
-        if len(going):
-            new = self._propose(logits.view(len(going), -1))
-            active = active._replace(
-                token_ids=active.token_ids.index_copy(0, going, new.token_ids),
-                log_probs=active.log_probs.index_copy(0, going, new.log_probs),
-                last=active.last.index_copy(0, going, new.counts - 1),
+        self._accept(taken, token, forced)
+        rank, ended = torch.where(taken, 0, active.rank + n), active.ended | (taken & final)
+        self.active = active = self.active._replace(rank=rank, ended=ended)
+        if len(head):
+            new = self._propose(logits)
+            formed = (new.token_ids, new.log_probs, (new.counts - 1)[:, None])
+            before = (active.token_ids, active.log_probs, active.last[:, None])
+            token_ids, log_probs, last = (
+                old.index_copy(0, head, torch.where(going, x, old[head])) for x, old in zip(formed, before)
             )
-        self.active = active
-        if (ended := taken & final).any():
-            self._keep((~ended).nonzero()[:, 0])
+            self.active = active._replace(token_ids=token_ids, log_probs=log_probs, last=last[:, 0])
 
-    def _wait(self, rows: torch.Tensor) -> None:
-        """Makes these rows, `(A,)` bool, wait for the others."""
-        self.active = self.active._replace(waiting=self.active.waiting | rows)
+    def _settle(self) -> None:
+        """Ends what has ended, and reads from the device what the next forward needs to know of the rows."""
+        # A forced token that ends its response needs no forward, as in plain decoding.
+        active = self.active
+        token, forced = active.at_rank(active.token_ids), active.rank == active.last
+        over = forced & self._is_final(token) & ~active.ended
+        if self.in_step:
+            self.active = active._replace(waiting=active.waiting | over)
+        else:
+            self._accept(over, token, forced)
+            self.active = self.active._replace(ended=active.ended | over)
+        active = self.active
+        left = torch.where(active.waiting, 0, active.last - active.rank)
+        read = torch.stack([active.ended.long(), active.waiting.long(), active.length, left], 1).tolist()
+        keep = [i for i, (ended, *_) in enumerate(read) if not ended]
+        if len(keep) < len(read):
+            self._keep(torch.tensor(keep, dtype=torch.long, device=self.device))
+        if not keep:
+            return
+        _, waits, lengths, left = zip(*(read[i] for i in keep))
+        self.span = self.prompt_width + min(lengths), self.prompt_width + max(lengths)
+        self.most_left = max(left)
+        if self.in_step and all(waits):
+            self._finish_step()
+            self._settle()
 
     def _finish_step(self) -> None:
         """All rows have accepted a token: the streamer and the criteria see it, and new candidates are formed."""
         active = self.active
         token, forced = active.at_rank(active.token_ids), active.rank == active.last
         ended = self._is_final(token)
-        self._accept(torch.arange(len(token), device=self.device), token, forced)
+        self._accept(torch.ones_like(ended), token, forced)
         self.steps += 1
         ids = self.sequences[:, : self.prompt_width + self.steps]
         if self.criteria:
             ended = ended | self.criteria(ids, None)[active.rows]
         if self.streamer is not None:
             self.streamer.put(ids[:, -1].cpu())
-        self._keep((~ended).nonzero()[:, 0])
-        if not len(self.active.rows):
-            return
         new = self._propose(self.next_logits, ids)
-        token_ids, log_probs, last = (x[self.active.rows] for x in (new.token_ids, new.log_probs, new.counts - 1))
-        begun = {"rank": torch.zeros_like(last), "waiting": torch.zeros_like(last, dtype=torch.bool)}
+        token_ids, log_probs, last = (x[active.rows] for x in (new.token_ids, new.log_probs, new.counts - 1))
+        begun = {"rank": torch.zeros_like(last), "waiting": torch.zeros_like(ended), "ended": ended}
         self.active = self.active._replace(token_ids=token_ids, log_probs=log_probs, last=last, **begun)
 
     def _state(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -256,14 +274,14 @@ class CandidateLoop:
         return (1 - seen) * torch.finfo(self.lm.dtype).min
 
     def _accept(self, which: torch.Tensor, token: torch.Tensor, forced: torch.Tensor) -> None:
-        """Appends `token` to the active rows `which`."""
+        """Appends `token` `(A,)` to the active rows where `which` is True."""
         active = self.active
-        rows = active.rows[which]
-        self.sequences[rows, self.prompt_width + active.length[which]] = token[which]
-        self.tokens[rows] += 1
-        self.forced[rows] += forced[which].long()
-        self.token_log_probs[rows] += active.at_rank(active.log_probs)[which]
-        self.active = active._replace(length=active.length.index_add(0, which, torch.ones_like(which)))
+        rows, place = active.rows, (self.prompt_width + active.length).clamp(max=self.capacity - 1)
+        self.sequences[rows, place] = torch.where(which, token, self.sequences[rows, place])
+        self.tokens[rows] += which.long()
+        self.forced[rows] += (forced & which).long()
+        self.token_log_probs[rows] += torch.where(which, active.at_rank(active.log_probs), 0.0)
+        self.active = active._replace(length=active.length + which.long())
 
     def _keep(self, keep: torch.Tensor) -> None:
         """Removes all other rows from the batch and the cache."""

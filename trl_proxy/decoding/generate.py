@@ -39,15 +39,16 @@ def gated_generate(
         by_decision = {"threshold": threshold, "tree": tree, "proxy_names": proxy_names}
         by_decision |= {"temperature": kwargs.get("temperature"), "output_rollout": output_rollout or None}
         given = [name for name, value in by_decision.items() if value is not None]
-        check_closed_form(model.proxy_config, settings.is_assisted, gate_sample, given)
-        return _generate_by_logits(
-            model,
-            *prompts,
-            generation_config,
-            **{**kwargs, "do_sample": gate_sample},
-            logits_processor=logits_processor,
-            streamer=streamer,
-        )
+        with model.use_proxy(model.proxy):  # for all tokens, even if another one becomes active
+            check_closed_form(model.proxy_config, settings.is_assisted, gate_sample, given)
+            return _generate_by_logits(
+                model,
+                *prompts,
+                generation_config,
+                **{**kwargs, "do_sample": gate_sample},
+                logits_processor=logits_processor,
+                streamer=streamer,
+            )
 
     repeats = settings["num_return_sequences"] or 1
     proxy = model.proxy_by_row(proxy_names, len(prompts[0]), repeats, prompts[0].device)

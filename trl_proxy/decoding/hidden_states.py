@@ -3,18 +3,52 @@ section 3). The LM is not changed, and nothing is computed twice."""
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+
+def own_hook(register: Callable[..., RemovableHandle], hook: Callable, **options) -> RemovableHandle:
+    """Registers a hook that sees the forwards of the calling thread alone. A server's threads share one LM.
+
+    Args:
+        register: a module's `register_forward_hook` or `register_forward_pre_hook`.
+        hook, options: its arguments.
+    """
+    owner = threading.get_ident()
+
+    def of_owner(*args):
+        return hook(*args) if threading.get_ident() == owner else None
+
+    return register(of_owner, **options)
 
 
 def without_peft(lm: nn.Module) -> nn.Module:
     """The LM itself, without PEFT's wrapper."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def execution_device(lm: nn.Module) -> torch.device:
+    """Where a module computes and what it reads must be. Weights that accelerate keeps elsewhere until they are used
+    are on `meta`."""
+    lm = without_peft(lm)
+    place = getattr(getattr(lm, "_hf_hook", None), "execution_device", None)
+    if place is not None:
+        return torch.device(place)
+    held = (x.device for tensors in (lm.parameters(), lm.buffers()) for x in tensors)
+    return next((device for device in held if device.type != "meta"), torch.device("cpu"))
+
+
+def input_embeddings(lm: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The LM's input embeddings, for token ids on any device."""
+    embed = lm.get_input_embeddings()
+    return lambda token_ids: embed(token_ids.to(execution_device(embed)))
 
 
 def parameters_of(lm: nn.Module) -> frozenset[str]:
@@ -51,7 +85,7 @@ def record_body(lm: nn.Module):
         last[:] = [body]
         states.append(output[0])
 
-    hooks = [body.register_forward_hook(record) for body in bodies]
+    hooks = [own_hook(body.register_forward_hook, record) for body in bodies]
     try:
         yield states
     finally:
@@ -66,7 +100,7 @@ def state_size_of(lm: PreTrainedModel) -> int:
     if getattr(lm.get_output_embeddings(), "in_features", None) == size:
         return size
     with torch.no_grad(), HiddenStateHook(lm) as states:
-        lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=lm.device))
+        lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=execution_device(lm)))
     return states.hidden.shape[-1]
 
 
@@ -76,7 +110,7 @@ def embedding_size_of(lm: PreTrainedModel) -> int:
     sizes = (module.embedding_dim for module in embed.modules() if isinstance(module, nn.Embedding))
     if (size := next(sizes, None)) is not None:
         return size
-    return embed(torch.zeros(1, dtype=torch.long, device=lm.device)).shape[-1]
+    return input_embeddings(lm)(torch.zeros(1, dtype=torch.long)).shape[-1]
 
 
 def reader_of(lm: nn.Module, layer: int) -> nn.Module | None:
@@ -99,12 +133,13 @@ def reader_of(lm: nn.Module, layer: int) -> nn.Module | None:
 
 
 class HiddenStateHook:
-    """Context manager that sees hidden states of the LM in every forward.
+    """Context manager that sees hidden states of the LM in every forward of its own thread.
 
     Args:
         layers: the layers to see, as in `ProxyConfig.feature_layers`.
         select: called with the states `(batch, positions, hidden_size)` before the head, when `hidden` is known. It
             returns the states that the head runs on. The head is a fifth of a small LM's work.
+        device: where the states are wanted, by default where the last of the layers computes.
     """
 
     def __init__(
@@ -112,8 +147,9 @@ class HiddenStateHook:
         lm: nn.Module,
         layers: Sequence[int] = (-1,),
         select: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        device: torch.device | None = None,
     ):
-        self.lm, self.select = lm, select
+        self.lm, self.select, self.device = lm, select, device
         self.readers = {layer: reader_of(lm, layer) for layer in layers}
         self.seen: dict[int, torch.Tensor] = {}
         self.hooks: list[Any] = []
@@ -122,11 +158,12 @@ class HiddenStateHook:
         for layer, reader in self.readers.items():
             if reader is None:
                 see = functools.partial(self._see_last, layer)
-                self.hooks += [body.register_forward_hook(see) for body in bodies_of(self.lm)]
+                self.hooks += [own_hook(body.register_forward_hook, see) for body in bodies_of(self.lm)]
             else:
                 see = functools.partial(self._see, layer)
-                self.hooks.append(reader.register_forward_pre_hook(see, with_kwargs=True))
-        self.hooks.append(self.lm.get_output_embeddings().register_forward_pre_hook(self._to_head))
+                self.hooks.append(own_hook(reader.register_forward_pre_hook, see, with_kwargs=True))
+        head = self.lm.get_output_embeddings()
+        self.hooks.append(own_hook(head.register_forward_pre_hook, self._to_head))
         return self
 
     def __exit__(self, *exc) -> None:
@@ -154,7 +191,8 @@ class HiddenStateHook:
 
     def _side_by_side(self, positions) -> torch.Tensor:
         states = [self.seen[layer][:, positions] for layer in self.readers]
-        return torch.cat([x.to(states[-1].device) for x in states], dim=-1) if len(states) > 1 else states[0]
+        states = [x.to(self.device or states[-1].device) for x in states]
+        return torch.cat(states, dim=-1) if len(states) > 1 else states[0]
 
     def _see(self, layer: int, _module, args, kwargs) -> None:
         self.seen[layer] = args[0] if args else kwargs["hidden_states"]

@@ -48,7 +48,7 @@ class PooledStateHook(HiddenStateHook):
     """
 
     def __init__(self, lm: nn.Module, layers: Sequence[int], attention_mask: torch.Tensor):
-        super().__init__(lm, layers)
+        super().__init__(lm, layers, device=attention_mask.device)
         self.prompt_mask = attention_mask
         self.unread: list[torch.Tensor] = []  # the states of each forward since the last `read`
         self.shared: tuple[int, int] | None = None

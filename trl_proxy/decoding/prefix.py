@@ -13,7 +13,7 @@ from ..core.config import ProxyConfig
 from ..core.features import accept_logits
 from ..core.gate import accepted_rank, decide
 from ..core.rollout import PrefixStep, record_prefix_steps
-from .hidden_states import HiddenStateHook, without_peft
+from .hidden_states import HiddenStateHook, input_embeddings, without_peft
 from .options import GatedCall, ProxyGenerateOutput
 from .pooling import PooledStateHook
 from .prefix_cache import growing_cache, prefill, prefill_shared_prefix
@@ -72,13 +72,13 @@ def generate_by_prefix(lm, call: GatedCall) -> ProxyGenerateOutput:
             "A proxy with `pooled_features=True` needs the whole prompt: pass no filled `past_key_values`."
         )
     stops = StopRecorder(call.criteria)
-    hook: HiddenStateHook = HiddenStateHook(lm, config.feature_layers)
+    hook: HiddenStateHook = HiddenStateHook(lm, config.feature_layers, device=input_ids.device)
     if config.pooled_features:
         hook = PooledStateHook(lm, config.feature_layers, attention_mask)
     with hook as states:
         if not call.settings.has_own_cache and (cache := _prefilled(lm, call, states)) is not None:
             call.options["past_key_values"] = cache
-        logits = functools.partial(accept_logits, call.proxy, lm.get_input_embeddings())
+        logits = functools.partial(accept_logits, call.proxy, input_embeddings(lm))
         gate = PrefixGate(logits, config, states, attention_mask, call.threshold, call.sample, call.output_rollout)
         output = lm.generate(
             input_ids,

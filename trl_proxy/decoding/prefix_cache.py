@@ -101,7 +101,7 @@ def prefill_shared_prefix(
     # The text of a padded row begins later; padding may hold anything.
     source = (torch.arange(width, device=input_ids.device) - padding).clamp(min=0)
     for layer in cache.layers:
-        layer.keys, layer.values = (x[0][:, source].transpose(0, 1) for x in (layer.keys, layer.values))
+        layer.keys, layer.values = (x[0][:, source.to(x.device)].transpose(0, 1) for x in (layer.keys, layer.values))
     return cache
 
 

@@ -28,9 +28,10 @@ class _RowLayer(CacheLayerMixin):
             self.keys[:, :, self.cache.start : self.cache.width] = key_states
             self.values[:, :, self.cache.start : self.cache.width] = value_states
         else:
+            slots = self.cache.slots.to(key_states.device)
             rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-            self.keys[rows, :, self.cache.slots] = key_states.transpose(1, 2)
-            self.values[rows, :, self.cache.slots] = value_states.transpose(1, 2)
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
         return self.keys[:, :, : self.cache.width], self.values[:, :, : self.cache.width]
 
     def get_mask_sizes(self, query_length):
@@ -61,9 +62,9 @@ class RowCache(Cache):
         """With as many layers as the cache that `generate` makes for this LM."""
         return cls(len(DynamicCache(config=lm.config.get_text_config(decoder=True)).layers), prompt_width, capacity)
 
-    def set_write_positions(self, slots: torch.Tensor, n: int) -> int:
-        """Sets the first write positions `(rows,)` of the next n tokens; returns how many slots their forward sees."""
-        first, last = torch.stack(slots.aminmax()).tolist()
+    def set_write_positions(self, slots: torch.Tensor, n: int, first: int, last: int) -> int:
+        """Sets the first write positions `(rows,)` of the next n tokens, `first` the lowest of them and `last` the
+        highest; returns how many slots their forward sees."""
         self.slots, self.width = slots[:, None] + torch.arange(n, device=slots.device), last + n
         self.start = first if first == last else None
         return self.width
@@ -71,10 +72,11 @@ class RowCache(Cache):
     def move(self, rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """In each of these rows, copies the slot `source` over the slot `target`; `(N,)` each."""
         for layer in self.layers:
-            layer.keys[rows, :, target] = layer.keys[rows, :, source]
-            layer.values[rows, :, target] = layer.values[rows, :, source]
+            of_row, of_target, of_source = (x.to(layer.keys.device) for x in (rows, target, source))
+            layer.keys[of_row, :, of_target] = layer.keys[of_row, :, of_source]
+            layer.values[of_row, :, of_target] = layer.values[of_row, :, of_source]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps only these rows, in this order."""
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.keys, layer.values = (x[rows.to(x.device)] for x in (layer.keys, layer.values))

@@ -22,7 +22,7 @@ from ..core.features import accept_logits, prefix_features
 from ..core.gate import gated_log_probs
 from ..core.rollout import Rollout
 from ..decoding.generate import gated_generate
-from ..decoding.hidden_states import HiddenStateHook, without_peft
+from ..decoding.hidden_states import HiddenStateHook, input_embeddings, without_peft
 from ..decoding.pooling import cached_sums, length_of, with_mean
 from .outputs import ProxyOutput
 from .saving import check_trained_over, push_proxy, save_proxy
@@ -84,6 +84,12 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         """The LM's."""
         return self.lm.get_output_embeddings()
 
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """The LM's, so that a trainer leaves an LM where its `device_map` has placed it. Others have no such
+        attribute."""
+        return self.lm.hf_device_map
+
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """The LM's."""
         return self.lm.prepare_inputs_for_generation(*args, **kwargs)
@@ -130,7 +136,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         """
         if self.proxy_config.features == "candidate":
             return hidden
-        return prefix_features(hidden, self.get_input_embeddings()(token_ids), scalars)
+        return prefix_features(hidden, input_embeddings(self.lm)(token_ids), scalars)
 
     def rollout_features(self, rollout: Rollout) -> torch.Tensor:
         """Features `(N, feature_size)` of a rollout's N decisions (the True entries of its mask, row by row)."""
@@ -169,8 +175,9 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         Raises:
             `ValueError`: candidate features, or `labels` whose loss is infinite, because one is not a candidate.
         """
+        proxy = self.proxy
         if gate_features is not None:
-            return ProxyOutput(accept_logits=self.gate(gate_features), state_values=self.critic(gate_features))
+            return ProxyOutput(accept_logits=proxy.gate(gate_features), state_values=proxy.critic(gate_features))
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -180,7 +187,7 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         }
         if self._proxy_disabled:
             return self.lm(**inputs, labels=labels)
-        if self.proxy_config.features == "candidate":
+        if proxy.config.features == "candidate":
             raise ValueError(
                 "A proxy with features='candidate' has no next-token distribution in closed form: use `generate`, "
                 f"train one with features='prefix', or {_SCORE}."
@@ -189,28 +196,28 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         cache = past_key_values if past_key_values is not None else kwargs.get("cache_params")
         past = length_of(cache, text, attention_mask)
         in_tuple = inputs.pop("return_dict", None) is False
-        with HiddenStateHook(self.lm, self.proxy_config.feature_layers) as tap:
+        with HiddenStateHook(self.lm, proxy.config.feature_layers) as tap:
             output = self.lm(**{name: value for name, value in inputs.items() if value is not None}, return_dict=True)
-        hidden = tap.hidden
+        hidden = tap.hidden.to(output.logits.device)
         length, seen = hidden.shape[1], None
         if attention_mask is not None and attention_mask.dim() == 2:
-            seen = attention_mask[:, -length:]
+            seen = attention_mask[:, -length:].to(hidden.device)
         if position_ids is None or position_ids.dim() != 2:
             if attention_mask is not None and seen is not None:
                 position_ids = (attention_mask.cumsum(-1) - 1)[:, -length:]
             else:
                 position_ids = torch.arange(past, past + length, device=hidden.device)[None]
-        if self.proxy_config.pooled_features:
+        if proxy.config.pooled_features:
             cache = cache if cache is not None else output.get("past_key_values", output.get("cache_params"))
             mask = torch.ones(hidden.shape[:2], device=hidden.device) if seen is None else seen
-            hidden = with_mean(hidden, *cached_sums(cache, past, self.proxy_config.feature_layers, hidden, mask))
+            hidden = with_mean(hidden, *cached_sums(cache, past, proxy.config.feature_layers, hidden, mask))
         keep = kwargs.get("logits_to_keep", 0)
         keep = slice(-keep, None) if isinstance(keep, int) else keep  # as transformers slices the hidden states
         hidden, positions = hidden[:, keep], (position_ids[:, keep] + 1).expand(output.logits.shape[:2])
-        candidates = propose_for(self.proxy_config, output.logits.flatten(0, 1))
-        embed = self.get_input_embeddings()
-        logits = accept_logits(self.proxy, embed, hidden.flatten(0, 1), candidates, positions.flatten())
-        log_probs = gated_log_probs(logits - self.proxy_config.threshold, candidates.mask)
+        candidates = propose_for(proxy.config, output.logits.flatten(0, 1))
+        positions = positions.to(hidden.device)
+        logits = accept_logits(proxy, input_embeddings(self.lm), hidden.flatten(0, 1), candidates, positions.flatten())
+        log_probs = gated_log_probs(logits - proxy.config.threshold, candidates.mask)
         logits = torch.full_like(output.logits, -torch.inf, dtype=torch.float32).flatten(0, 1)
         logits = logits.scatter_(-1, candidates.token_ids, log_probs).view(output.logits.shape)
         changed: dict[str, torch.Tensor] = {"logits": logits}
@@ -292,8 +299,10 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         Raises:
             `ValueError`: candidate features have no such logits, and pooled features need one text at a time.
         """
+        if self._proxy_disabled:
+            return self.lm.init_continuous_batching(*args, **kwargs)
         config = self.proxy_config
-        if not self._proxy_disabled and (config.features == "candidate" or config.pooled_features):
+        if config.features == "candidate" or config.pooled_features:
             raise ValueError(
                 "Continuous batching needs a proxy with features='prefix' and pooled_features=False: use `generate`."
             )

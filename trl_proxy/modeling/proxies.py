@@ -13,7 +13,7 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.config import MODEL_FIELDS, ProxyConfig
-from ..core.features import part_sizes
+from ..core.features import part_sizes, places_of
 from ..core.gate import ProxyMLP
 from .fingerprint import sha256_of
 
@@ -117,7 +117,9 @@ class RowProxies:
         logits = torch.full(rows.shape, torch.inf, device=features.device)
         for i, part in enumerate(self.parts):
             mine = self.index[rows] == i
-            logits[mine] = part.accept_logits(features[mine], rows[mine]) - part.config.threshold
+            places = places_of(mine)
+            own = part.accept_logits(features[places], rows[places]) - part.config.threshold
+            logits = torch.where(mine, logits.index_copy(0, places, own), logits)
         return logits
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from ..core.config import WEIGHTS_NAME, ProxyConfig
-from ..files import make_readable
+from ..files import make_readable, replacing
 from .card import proxy_card
 from .fingerprint import sha256_of
 from .proxies import WeightedProxy
@@ -31,9 +31,9 @@ def save_proxy(model, folder: str | os.PathLike, state_dict: dict[str, torch.Ten
     if state_dict is not None:
         weights = {name: state_dict[f"proxies.{model.active_proxy}.{name}"] for name in weights}
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(weights, path + ".tmp", metadata={"format": "pt", "sha256": sha256_of(weights)})
-    make_readable(path + ".tmp")
-    os.replace(path + ".tmp", path)
+    with replacing(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", "sha256": sha256_of(weights)})
+        make_readable(temporary)
 
 
 def push_proxy(

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,14 @@ from transformers import PreTrainedModel
 from ..core.config import WEIGHTS_NAME, ProxyConfig, proxy_file
 from ..core.gate import ProxyMLP
 from ..decoding.candidate import check_overwritable
-from ..decoding.hidden_states import embedding_size_of, reader_of, state_size_of, without_peft
+from ..decoding.hidden_states import embedding_size_of, execution_device, reader_of, state_size_of, without_peft
 from .fingerprint import lm_sha256
 from .proxies import LM_ITSELF, Proxy, RowProxies, WeightedProxy
 from .saving import check_trained_over
+
+# The models that this thread (or asyncio task) uses with a proxy other than the active one, the latest last; None
+# stands for the plain LM.
+_CHOSEN: ContextVar[tuple[tuple[nn.Module, nn.Module | None], ...]] = ContextVar("chosen proxies", default=())
 
 
 def check_causal_lm(lm: PreTrainedModel) -> None:
@@ -41,7 +46,6 @@ class ModelWithProxies(PreTrainedModel):
         self.generation_config = lm.generation_config
         self.proxies = nn.ModuleDict()
         self.active_proxy = "default"
-        self._proxy_disabled = False
         self.proxies["default"] = self._new_proxy(proxy_config or ProxyConfig())
         # Neither broadcast nor reduced by DDP: every process loads the same frozen LM.
         self._ddp_params_and_buffers_to_ignore = [
@@ -76,12 +80,28 @@ class ModelWithProxies(PreTrainedModel):
         # A copy: the caller may make proxies over other LMs with the same configuration.
         sha256 = lm_sha256(self.lm) or config.base_model_sha256
         config = dataclasses.replace(config, base_model_name_or_path=base, base_model_sha256=sha256, **sizes)
-        return Proxy(config).to(next(self.lm.get_output_embeddings().parameters()).device)
+        return Proxy(config).to(execution_device(self.lm))
 
     @property
     def proxy(self) -> "Proxy | WeightedProxy":
         """The active proxy."""
-        return self.proxies[self.active_proxy]
+        return self._chosen() or self.proxies[self.active_proxy]
+
+    @property
+    def _proxy_disabled(self) -> bool:
+        return self._chosen(default=self) is None
+
+    def _chosen(self, default=None) -> Any:
+        return next((proxy for model, proxy in reversed(_CHOSEN.get()) if model is self), default)
+
+    @contextmanager
+    def use_proxy(self, proxy: "Proxy | WeightedProxy | None"):
+        """Inside, the calls of this thread use this proxy, or the plain LM for None."""
+        token = _CHOSEN.set((*_CHOSEN.get(), (self, proxy)))
+        try:
+            yield
+        finally:
+            _CHOSEN.reset(token)
 
     def proxy_by_row(self, names: list[str] | None, batch_size: int, repeats: int, device) -> "Proxy | RowProxies":
         """The active proxy, or one proxy per row of a batch by name. Every row is decoded `repeats` times.
@@ -137,7 +157,8 @@ class ModelWithProxies(PreTrainedModel):
         self._let_only_the_active_one_learn()
 
     def set_proxy(self, name: str) -> None:
-        """Makes the proxy `name` the active one; `ValueError` if it was not loaded."""
+        """Makes the proxy `name` the active one, for all threads; `ValueError` if it was not loaded. A `generate` that
+        has begun keeps its own."""
         self._check_loaded(name)
         self.active_proxy = name
         self._let_only_the_active_one_learn()
@@ -170,11 +191,7 @@ class ModelWithProxies(PreTrainedModel):
                 raise ValueError(f"There is no proxy {part!r} to add; loaded: {', '.join(self.proxies)}.")
         self.proxies[name] = WeightedProxy({part: self.proxies[part] for part in proxies}, weights)
 
-    @contextmanager
     def disable_proxy(self):
-        """Inside, `forward` and `generate` are the plain LM's."""
-        self._proxy_disabled, before = True, self._proxy_disabled
-        try:
-            yield
-        finally:
-            self._proxy_disabled = before
+        """A context manager. Inside, `forward` and `generate` of the calling thread (or asyncio task) are the plain
+        LM's. Other threads stay gated, also those that are started inside."""
+        return self.use_proxy(None)

@@ -2,30 +2,78 @@
 
 import argparse
 import dataclasses
+import sys
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import TextStreamer, set_seed
+from transformers import HfArgumentParser, TextStreamer, set_seed
 
 from ..core.config import ProxyConfig
 from ..decoding.settings import DecodingSettings
 from ..decoding.trace import trace, trace_texts
-from ..devices import inference_device
-from ..loading import EMBEDDED, load_lm
+from ..devices import best_device
+from ..loading import EMBEDDED
 from ..modeling.causal_lm import ProxyModelForCausalLM
-from .arguments import DecodingArguments, to_device
+from .arguments import DecodingArguments, FrozenModelConfig, load_policy, to_device
+from .parsing import NEGATIVE_NUMBER, OptionsFormatter
+
+_BOOLEANS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")  # as transformers' parser reads them
+# The LM's options that the help lists; it takes every one of the other scripts.
+_SHOWN = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
+
+
+@dataclass
+class AskedModelConfig(FrozenModelConfig):
+    """The model arguments of the other scripts, for the embedded LM and the dtype of its weights by default."""
+
+    model_name_or_path: str | None = field(
+        default=EMBEDDED, metadata={"help": "`embedded`, a folder or a hub id of a causal LM."}
+    )
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Of the LM. `auto`: as stored, or one that the device computes in.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+class _QuestionParser(HfArgumentParser):
+    """Also takes a question right after a flag, as in `--load_in_4bit "How are you?"`. A mistake is a `ValueError` of
+    one sentence."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = NEGATIVE_NUMBER
+
+    def error(self, message):
+        raise ValueError(f"{message.rstrip('.')}.")
+
+    def parse_known_args(self, args=None, namespace=None):
+        words, given = [], list(sys.argv[1:] if args is None else args)
+        for word, following in zip(given, [*given[1:], ""]):
+            words.append(word)
+            action = self._option_string_actions.get(word)
+            if action is not None and action.nargs == "?" and following.lower() not in _BOOLEANS:
+                words[-1] = f"{word}=true"
+        return super().parse_known_args(words, namespace)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the question and its options."""
-    parser = argparse.ArgumentParser(
-        description="Ask a model with or without a proxy one question on the command line."
+    parser = _QuestionParser(
+        AskedModelConfig,
+        description="Ask a model with or without a proxy one question on the command line.",
+        formatter_class=OptionsFormatter,
     )
+    for action in parser._actions:
+        if action.dest not in ("help", *_SHOWN):
+            action.help = argparse.SUPPRESS
     parser.add_argument("prompt", help="The question.")
     parser.add_argument("--proxy", help="Folder or hub id of a proxy; the plain LM if not set.")
-    parser.add_argument("--model_name_or_path", default=EMBEDDED, help="`embedded`, a folder or a hub id.")
     parser.add_argument("--system_prompt", "--system", help="System message; default: that of the proxy's training.")
     parser.add_argument(
         "--generation_kwargs",
@@ -38,7 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, help="Alignment strength: above 0 the gate rejects more.")
     parser.add_argument("--gate_sample", action="store_true", help="Draw the gate's decisions.")
     parser.add_argument("--trace", action="store_true", help="Show each proposal: accepted, or rejected and marked.")
-    parser.add_argument("--dtype", help="Of the LM, e.g. float32; default: as stored.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the LM's own code of the hub.")
+    parser.add_argument("--use_cpu", action="store_true", help="Run on the CPU, whatever else this machine has.")
     parser.add_argument("--seed", type=int, default=0, help="For --gate_sample.")
     return parser
 
@@ -107,8 +156,9 @@ def ask(args: argparse.Namespace) -> None:
     trained = (ProxyConfig.from_pretrained(args.proxy).decoding or {}) if args.proxy else {}
     options = {**trained, **{name: value for name, value in dataclasses.asdict(given).items() if value is not None}}
     set_seed(args.seed)
-    device = inference_device()
-    lm, tokenizer = load_lm(args.model_name_or_path, dtype=args.dtype, device=device)
+    model_args = AskedModelConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(AskedModelConfig)})
+    device = best_device(args.use_cpu)
+    lm, tokenizer = load_policy(model_args, args, device)
     lm = to_device(lm, device)
     decoding = DecodingSettings.of(lm, tokenizer, max_new_tokens=args.max_new_tokens, **options)
     inputs = decoding.pad(decoding.encode([[{"role": "user", "content": args.prompt}]]), lm.device)

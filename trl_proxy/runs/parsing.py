@@ -31,6 +31,7 @@ COMMON = (
     *("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"),
     *("logging_steps", "log_completions", "report_to", "save_steps", "save_total_limit", "push_to_hub"),
 )
+NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse takes -1e-5 for an option
 _FOREIGN = ("trl", "transformers", "builtins")
 
 
@@ -97,8 +98,7 @@ class RecipeParser(TrlParser):
                 action.type = _whole_number(action.type)
             elif kind == "string_to_bool" and type(None) in self._kinds[name]:
                 action.type = _or_none(action.type)
-        # argparse takes -1e-5 for an option.
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def error(self, message):
         raise ValueError(f"{message.rstrip('.')}.")
@@ -209,11 +209,13 @@ class RecipeParser(TrlParser):
         return tuple(configs)
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+class OptionsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling of each option, the type of its value, and its default if it has one."""
 
     def _format_action_invocation(self, action):
-        if action.nargs == 0 or not action.option_strings:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        if action.nargs == 0:
             return ", ".join(action.option_strings)
         kind = getattr(action.type, "__name__", "str")
         kind = {"string_to_bool": "bool", "str": "text"}.get(kind, kind if kind.isalpha() else "text").upper()
@@ -244,7 +246,7 @@ class ScriptParser(RecipeParser):
 
     def __init__(self, sections: dict[str, type], order: tuple[type, ...] | None = None, **kwargs):
         self._sections = sections
-        super().__init__(order or tuple(sections.values()), formatter_class=_Formatter, **kwargs)
+        super().__init__(order or tuple(sections.values()), formatter_class=OptionsFormatter, **kwargs)
         self.add_argument(
             "--help_all",
             action=_HelpAll,

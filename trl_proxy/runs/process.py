@@ -24,6 +24,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers.utils import logging as transformers_logging
 
 from ..devices import is_main_process
+from ..files import remove_leftovers
 from ..ranks import fail, unwatch
 
 LOCK_FILE = ".lock"
@@ -41,7 +42,7 @@ _held: dict[str, FileLock] = {}
 
 
 def lock_folder(output_dir: str | os.PathLike) -> None:
-    """Locks the folder until the process ends for any reason.
+    """Locks the folder until the process ends for any reason, and deletes temporary files that a killed one left.
 
     Raises:
         ValueError: the folder cannot be written, or another process holds it.
@@ -53,6 +54,7 @@ def lock_folder(output_dir: str | os.PathLike) -> None:
             lock = FileLock(path, timeout=0)
             lock.acquire()
             _held[path] = lock
+            remove_leftovers(output_dir)
     except Timeout:
         raise ValueError(
             f"Another process is at work in {output_dir}: let it end, or choose another --output_dir."
@@ -120,7 +122,10 @@ def run_command(command: list[str], stopped: Callable[[], bool] = lambda: False,
         raise KeyboardInterrupt
     except BaseException:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            if sys.platform == "win32":  # it has no groups of processes
+                process.terminate()
+            else:
+                os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         raise
 
@@ -191,7 +196,8 @@ def run_script(
     except Interrupted as error:
         status, message, failure = 128 + error.signum, str(error), error
     except KeyboardInterrupt as error:
-        status, message, failure = 130, "interrupted; the same command resumes." if goes_on else "interrupted.", error
+        status, failure = 130, error
+        message = str(error) or ("interrupted; the same command resumes." if goes_on else "interrupted.")
     except Exception as error:
         if not _is_one_of_several():
             raise

@@ -158,14 +158,15 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
     def _whitened(self, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Advantages of mean 0 and deviation 1 over the steps of the mask, zero outside."""
         # (5) Whitening over processes: each has a part of the rollout, and all must use the same moments.
+        exact = advantages.to(exact_dtype(advantages.device))
         total = self.accelerator.reduce(
-            torch.stack([x.to(exact_dtype(x.device)).sum() for x in (mask, advantages, advantages**2)]),
-            reduction="sum",
+            torch.stack([mask.sum().to(exact), exact.sum(), exact.square().sum()]), reduction="sum"
         ).tolist()
         n = max(total[0], 1.0)
         mean = total[1] / n
-        std = max(total[2] / n - mean**2, 0.0) ** 0.5
-        return (advantages - mean) / (std + 1e-8) * mask
+        variance = max(total[2] / n - mean**2, 0.0)
+        # Advantages that differ only by rounding stay near zero.
+        return (advantages - mean) / (variance + 1e-8) ** 0.5 * mask
 
     def _derived(self, means):
         """Adds the critic's explained variance, from the moments of the returns and of its errors."""

@@ -117,6 +117,9 @@ class RowMetricsMixin(Trainer):
         self._metrics["eval"].clear()
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         self._is_real = None
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
+            # Before training: accelerate takes the model for prepared now, and would train it without DDP.
+            self.model._is_accelerate_prepared = False
         metrics = self._metrics["eval"]
         counts = [float(len(rows)) for rows in self._rows]
         tokens = [rows[:, -2].sum().item() for rows in self._rows]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ..decoding.hidden_states import record_body, state_size_of, without_peft
-from ..files import make_readable
+from ..files import make_readable, replacing
 from .actor_critic import ActorCriticTrainer
 from .config import PPOConfig
 
@@ -145,10 +145,9 @@ class PPOTrainer(ActorCriticTrainer):
         super()._save(output_dir, lm)
         if not self.args.should_save:
             return
-        path = os.path.join(output_dir, VALUE_HEAD_NAME)
-        save_file(head, path + ".tmp", metadata={"format": "pt"})
-        make_readable(path + ".tmp")
-        os.replace(path + ".tmp", path)
+        with replacing(os.path.join(output_dir, VALUE_HEAD_NAME)) as temporary:
+            save_file(head, temporary, metadata={"format": "pt"})
+            make_readable(temporary)
 
     def _load_value_head(self, checkpoint: str) -> None:
         path = os.path.join(checkpoint, VALUE_HEAD_NAME)

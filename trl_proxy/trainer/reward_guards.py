@@ -8,12 +8,13 @@ import torch
 from accelerate.utils import gather, gather_object
 from trl.models import prepare_deepspeed
 
+from ..decoding.hidden_states import own_hook
 from ..devices import random_state_of, set_random_state
 from ..ranks import all_or_none
 from ..rewards.caller import RewardCaller
 from ..rewards.checks import RewardError
 from ..rewards.classifier import ClassifierReward
-from .checkpoints import AtomicCheckpointMixin
+from .checkpoints import REWARD_FAILED, AtomicCheckpointMixin
 from .metrics import RowMetricsMixin
 
 
@@ -25,7 +26,7 @@ class _LogitsWatch:
         self.largest: list[torch.Tensor] = []
 
     def __enter__(self):
-        self.hook = self.head.register_forward_hook(self._look)
+        self.hook = own_hook(self.head.register_forward_hook, self._look)
         return self
 
     def _look(self, module, args, logits: torch.Tensor) -> None:
@@ -146,6 +147,8 @@ class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
         # All processes have this error. Restore the state before this rollout: a resumed run makes the same rollout
         # and scores it again.
         set_random_state(device, random_state)
+        if self.run is not None:
+            self.run = {**self.run, REWARD_FAILED: True}
         self._save_checkpoint(self.model, trial=None)
         raise RewardError(
             f"{str(failure).removesuffix('.')}: fix it, and the same command resumes from "

@@ -8,7 +8,7 @@ import evaluate
 from eval.likelihood import likelihood
 from eval.stats import ratio_ci
 from trl_proxy.decoding.settings import encode_prompts
-from trl_proxy.devices import inference_device
+from trl_proxy.devices import best_device
 from trl_proxy.loading import load_lm
 
 DESCRIPTION = """
@@ -65,7 +65,7 @@ class PerplexityUnderLm(evaluate.Metric):
             raise ValueError(
                 f"prompts has {len(prompts)} entries for {len(predictions)} predictions: give one prompt per text."
             )
-        lm, tokenizer = load_lm(model, device=inference_device())
+        lm, tokenizer = load_lm(model, device=best_device())
         if prompts is None:
             texts = tokenizer(predictions)["input_ids"]
             prompt_ids, response_ids = [ids[:1] for ids in texts], [ids[1:] for ids in texts]
@@ -77,7 +77,7 @@ class PerplexityUnderLm(evaluate.Metric):
             raise ValueError("predictions has no text with a token to predict: give longer texts, or their prompts.")
         if empty := [i for i in rows if not prompt_ids[i]]:
             raise ValueError(f"prompts[{empty[0]}] has no tokens: give text before the first predicted token.")
-        lm.to(inference_device())
+        lm.to(best_device())
         pick = [prompt_ids[i] for i in rows], [response_ids[i] for i in rows]
         logprobs, _ = likelihood(lm, *pick, batch_size=batch_size)
         counts = [len(response_ids[i]) for i in rows]

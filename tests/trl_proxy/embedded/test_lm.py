@@ -1,5 +1,6 @@
 """The conversion of the embedded LM, from the real file into an empty cache: whole or not at all, by one process."""
 
+import contextlib
 import json
 import os
 import random
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,61 +22,79 @@ from transformers import AutoModelForCausalLM
 from trl_proxy.embedded import lm as embedded
 from trl_proxy.files import CHECKSUMS_NAME
 
-ROOT = Path(__file__).parents[3]
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", CHECKSUMS_NAME}
-# Prints the folder and whether its weights are all there.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-from trl_proxy.embedded.lm import embedded_lm_path
-print("ready", flush=True)
-path = embedded_lm_path()
-from safetensors import safe_open
-with safe_open(path / "model.safetensors", "pt") as file:
-    print("found", path, len(file.keys()), flush=True)
-"""
 WEIGHTS = 272
-# At every line of input by turns: starts a process that wants the LM, and waits until it has ended. Imports once.
-FORKS = """
-import os, sys
-from trl_proxy.embedded.lm import embedded_lm_path
-pid = None
-for line in sys.stdin:
-    if pid is None:
-        pid = os.fork()
-        if pid == 0:
-            embedded_lm_path()
-            os._exit(0)
-        print(pid, flush=True)
-    else:
-        os.waitpid(pid, 0)
-        pid = None
-        print("gone", flush=True)
+# Wants the LM, and prints its folder and how many weights it has.
+PROGRAM = """
+from pathlib import Path
+from safetensors import safe_open
+from trl_proxy.embedded import lm as embedded
+
+embedded.package_file = lambda *args: Path("tiny.gguf").absolute()
+path = embedded.embedded_lm_path()
+with safe_open(path / "model.safetensors", "pt") as file:
+    print("found", path, len(file.keys()))
 """
+TINY_WEIGHTS = 11
 
 
-def environment(cache, **more) -> dict[str, str]:
-    dropped = ("TRL_PROXY_CACHE", "XDG_CACHE_HOME")
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {**kept, "PYTHONPATH": str(ROOT), "TRL_PROXY_CACHE": str(cache), "OMP_NUM_THREADS": "1", **more}
+def write_gguf(path: Path) -> None:
+    """A Llama with one layer, converted in a second."""
+    size, inner, tokens = 32, 64, ["t", "1", "t1", *map(str, range(97))]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(size)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(2)
+    shapes = {"attn_norm": (size,), "ffn_norm": (size,), "ffn_gate": (inner, size), "ffn_up": (inner, size)}
+    shapes |= {"ffn_down": (size, inner), **{f"attn_{name}": (size, size) for name in ("q", "k", "v", "output")}}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"token_embd": (len(tokens), size), "output_norm": (size,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
-def start(command, cache, **more) -> subprocess.Popen:
-    return subprocess.Popen(
-        list(map(str, command)),
-        env=environment(cache, **more),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def want_the_lm(fork_server, cache, tmp_path):
+    """`want_the_lm(name, before="", **env)`: a process that runs [`PROGRAM`], with the tiny LM as the embedded one;
+    what it says goes to the file `name`."""
+    write_gguf(tmp_path / "tiny.gguf")
+
+    def start(name, before="", **env):
+        (tmp_path / f"{name}.py").write_text(before + PROGRAM)
+        return fork_server([tmp_path / f"{name}.py"], tmp_path, tmp_path / name, TRL_PROXY_CACHE=str(cache), **env)
+
+    return start
 
 
-def ask(server: subprocess.Popen) -> str:
-    server.stdin.write("\n")
-    server.stdin.flush()
-    return server.stdout.readline().strip()
+def at_work(folder: Path) -> list[str]:
+    """The processes whose working folder it is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "cwd") == str(folder):
+                found.append(process.name)
+    return found
+
+
+def wait_for_a_conversion(cache: Path) -> None:
+    end = time.monotonic() + 60
+    while not any(".part-" in path.name for path in (cache.iterdir() if cache.exists() else ())):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.05)  # the converter has started
 
 
 def folder_in(cache: Path) -> Path:
@@ -82,11 +103,11 @@ def folder_in(cache: Path) -> Path:
     return folder
 
 
-def check_whole(cache: Path) -> None:
+def check_whole(cache: Path, count: int = WEIGHTS) -> None:
     folder = folder_in(cache)
     assert FILES.issubset(os.listdir(folder))
     weights = load_file(folder / "model.safetensors")
-    assert len(weights) == WEIGHTS
+    assert len(weights) == count
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert embedded._is_whole(folder)
 
@@ -122,23 +143,22 @@ def test_the_folder_is_whole_and_others_can_read_it(converted):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(("launcher", "processes"), [("plain", 4), ("torchrun", 2)])
-def test_several_processes_at_once_make_it_once(cache, launcher, processes):
-    if launcher == "plain":
-        running = [start([sys.executable, "-c", PROGRAM], cache) for _ in range(processes)]
-    else:
-        script = cache.parent / "program.py"
-        # Under torch.distributed transformers saves the weights on one rank alone.
-        script.write_text(f"import torch\ntorch.distributed.init_process_group('gloo')\n{PROGRAM}")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, script]
-        running = [start([sys.executable, *launch], cache)]
-    outputs = [process.communicate(timeout=280) for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), outputs
-    printed, said = ("".join(texts) for texts in zip(*outputs))
-    assert printed.count(f"found {folder_in(cache)} {WEIGHTS}") == processes
+@pytest.mark.parametrize("distributed", [False, True])
+def test_several_processes_at_once_make_it_once(want_the_lm, cache, tmp_path, distributed):
+    """Under torch.distributed transformers saves the weights on one rank alone."""
+    before = (
+        "import os\nimport torch\nrank = int(os.environ.get('RANK', 0))\n"
+        f"torch.distributed.init_process_group('gloo', 'file://{tmp_path}/store', rank=rank, world_size=4)\n"
+    )
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "4"} if distributed else {} for rank in range(4)]
+    running = [want_the_lm(f"said{i}", before * distributed, **env) for i, env in enumerate(ranks)]
+    statuses = [process.wait() for process in running]
+    said = "".join((tmp_path / f"said{i}").read_text() for i in range(4))
+    assert statuses == [0] * 4, said
+    assert said.count(f"found {folder_in(cache)} {TINY_WEIGHTS}") == 4
     assert said.count("Converting the embedded LM into") == 1
-    assert said.count("waiting for it") <= processes - 1
-    check_whole(cache)
+    assert said.count("waiting for it") <= 3
+    check_whole(cache, TINY_WEIGHTS)
 
 
 @pytest.mark.fault
@@ -148,17 +168,13 @@ def test_who_waits_says_so_and_does_not_convert(cache, converted, monkeypatch):
     monkeypatch.setattr(embedded, "_convert", lambda *args: pytest.fail("converted as well"))
     name = folder_in(converted).name
     cache.mkdir()
-    holder = start(
-        [
-            sys.executable,
-            "-c",
-            "import sys, os, time\nfrom filelock import FileLock\nwith FileLock(sys.argv[1]):\n"
-            "    print('held', flush=True)\n    time.sleep(2)\n    os.rename(sys.argv[2], sys.argv[3])\n",
-            cache / f"{name}.lock",
-            shutil.copytree(converted / name, cache.parent / "copy"),
-            cache / name,
-        ],
-        cache,
+    program = (
+        "import sys, os, time\nfrom filelock import FileLock\nwith FileLock(sys.argv[1]):\n"
+        "    print('held', flush=True)\n    time.sleep(2)\n    os.rename(sys.argv[2], sys.argv[3])\n"
+    )
+    copy = shutil.copytree(converted / name, cache.parent / "copy")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, cache / f"{name}.lock", copy, cache / name], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
     assert embedded.embedded_lm_path() == cache / name
@@ -167,45 +183,50 @@ def test_who_waits_says_so_and_does_not_convert(cache, converted, monkeypatch):
 
 
 @pytest.mark.fault
-def test_a_kill_at_any_moment_leaves_nothing_that_counts(cache):
-    """Killed six times at random moments, the last attempt finds what it needs; what the others left is removed."""
-    generator = random.Random(0)
-    server = start([sys.executable, "-c", FORKS], cache)
-    for attempt in range(6):
-        pid = int(ask(server))
-        time.sleep(generator.uniform(0.0, 16.0) if attempt else 0.0)
+def test_a_kill_at_any_moment_leaves_nothing_that_counts(want_the_lm, cache, tmp_path):
+    """Killed at eight random moments, the last attempt finds what it needs; what the others left is removed."""
+    started = time.monotonic()
+    assert want_the_lm("first").wait() == 0, (tmp_path / "first").read_text()
+    seconds, generator, statuses = time.monotonic() - started, random.Random(0), []
+    for _ in range(8):
+        process = want_the_lm("killed")
+        time.sleep(generator.uniform(0.0, seconds))
         # The process alone, as the kernel does when memory runs out: its converter must not live on.
-        os.kill(pid, signal.SIGKILL)
-        assert ask(server) == "gone"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        statuses.append(process.wait())
         for path in cache.iterdir() if cache.exists() else ():
-            assert path.suffix == ".lock" or ".part-" in path.name or embedded._is_whole(path), path
-    server.communicate()
-    embedded.embedded_lm_path()
-    check_whole(cache)
+            if embedded._is_whole(path):
+                shutil.rmtree(path)
+            else:
+                assert path.suffix == ".lock" or ".part-" in path.name, path
+    assert statuses.count(-signal.SIGKILL) >= 3
+    assert want_the_lm("last").wait() == 0, (tmp_path / "last").read_text()
+    check_whole(cache, TINY_WEIGHTS)
 
 
 @pytest.mark.fault
-def test_a_conversion_ends_with_the_process_that_started_it(cache):
-    process = start([sys.executable, "-c", PROGRAM], cache)
-    while not any(".part-" in path.name for path in (cache.iterdir() if cache.exists() else ())):
-        time.sleep(0.05)
-    time.sleep(0.5)
+def test_a_conversion_ends_with_the_process_that_started_it(want_the_lm, cache, tmp_path):
+    """However long it would take."""
+    slow = "import time\nfrom trl_proxy.embedded import convert\nconvert._end_with_parent()\ntime.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(slow)
+    before = f"from trl_proxy.embedded import convert\nconvert.__file__ = '{tmp_path}/slow.py'\n"
+    process = want_the_lm("killed", before)
+    wait_for_a_conversion(cache)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     end = time.monotonic() + 10
-    while str(cache) in (running := subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout):
-        assert time.monotonic() < end, running
-        time.sleep(0.1)
+    while at_work(tmp_path):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.fault
-def test_an_interrupted_conversion_leaves_nothing(cache):
-    process = start([sys.executable, "-c", PROGRAM], cache)
-    while not any(".part-" in path.name for path in (cache.iterdir() if cache.exists() else ())):
-        time.sleep(0.05)
+def test_an_interrupted_conversion_leaves_nothing(want_the_lm, cache):
+    process = want_the_lm("interrupted")
+    wait_for_a_conversion(cache)
     os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode != 0
+    assert process.wait() != 0
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -271,11 +292,14 @@ def test_a_conversion_that_fails_is_one_sentence(cache, monkeypatch, message, st
 
 
 @pytest.mark.fault
-def test_a_full_disk_is_named(cache, tmp_path):
-    """A real one, if the system lets this user make it: 100 MB for 270."""
+def test_a_full_disk_is_named(cache, tmp_path, monkeypatch, fork_server):
+    """A real one, if the system lets this user make it."""
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(embedded, "package_file", lambda *args: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(sys, "executable", fork_server.python)
     cache.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", cache], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", cache], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("no file system of its own can be mounted here")
@@ -330,7 +354,8 @@ def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
 
 
 @pytest.mark.fault
-def test_a_damaged_file_is_one_sentence_with_the_command(monkeypatch, cache, tmp_path):
+def test_a_damaged_file_is_one_sentence_with_the_command(monkeypatch, cache, tmp_path, fork_server):
+    monkeypatch.setattr(sys, "executable", fork_server.python)
     broken = tmp_path / "model.gguf"
     broken.write_bytes(b"GGUF but not really")
     monkeypatch.setattr(embedded, "package_file", lambda *args: broken)

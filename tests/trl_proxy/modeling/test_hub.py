@@ -16,6 +16,7 @@ from safetensors.torch import load
 from trl_proxy import ProxyModelForCausalLM
 
 ROOT = Path(__file__).parents[3]
+TOKEN = "hf_test"  # of the hub on localhost
 PROXY = ["README.md", "proxy_config.json", "proxy_model.safetensors"]
 # Each line is tried; what it returns, or the error, is printed on one line.
 CALLS = """
@@ -159,20 +160,65 @@ def test_nothing_is_left_by_what_was_refused(printed, hub):
     assert printed['model.save_pretrained("there", safe_serialization=True, max_shard_size="5GB")'] == "None"
 
 
-def test_a_training_uploads_its_proxy(run, hub, tiny_lm):
-    """`--push_to_hub` of the script, at the end: the proxy with its card, tokenizer and records. Not the LM, the
-    optimizer, hidden states or checkpoints."""
+# Both scripts in one process, as each of them would run.
+BOTH = """
+import runpy, sys
+for words in {words!r}:
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+"""
+TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "run.json", "checksums.json"}
+
+
+def test_a_training_uploads_its_model(run, hub, tiny_lm):
+    """`--push_to_hub` of the scripts: while they train, the model with its card and tokenizer, as it is in the last
+    checkpoint; and the checkpoint itself if it was asked for. At the end the records too. Never the LM, what a resumed
+    run needs, half a checkpoint, or the token."""
     rows = [{"prompt": f"{a}{b}"} for a in "abcd" for b in "wxyz"]
     (run.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run.folder / "my_rewards.py").write_text(
         "def short(completions, **kwargs):\n    return [-float(len(x)) for x in completions]\n"
     )
     settings = ["--model_name_or_path", "lm", "--dataset_name", "prompts.jsonl", "--reward_funcs", "my_rewards.short"]
-    settings += ["--max_completion_length", "6", "--max_steps", "4", "--report_to", "none", "--output_dir", "out"]
-    run(ROOT / "scripts" / "train_proxy.py", *settings, "--push_to_hub", "--hub_strategy", "end")
-    files = hub.repos["user/out"]["main"]
+    settings += ["--max_completion_length", "6", "--max_steps", "4", "--save_steps", "2", "--report_to", "none"]
+    settings += ["--per_device_train_batch_size", "4", "--steps_per_generation", "2", "--num_iterations", "1"]
+    settings += ["--num_generations", "2", "--push_to_hub", "--hub_always_push", "true", "--hub_token", TOKEN]
+    proxy = [str(ROOT / "scripts" / "train_proxy.py"), *settings, "--output_dir", "out", "--replay_rollouts", "2"]
+    lora = [str(ROOT / "scripts" / "train_baseline.py"), "--method", "rloo", *settings, "--output_dir", "lora"]
+    lora += ["--gradient_checkpointing", "false"]
+    run("-c", BOTH.format(words=[[*proxy, "--hub_strategy", "checkpoint"], [*lora, "--hub_strategy", "every_save"]]))
+
+    of_proxy, of_lora = ([c for c in hub.commits if c[0] == f"user/{name}"] for name in ("out", "lora"))
+    for commits, model in (
+        (of_proxy, PROXY),
+        (of_lora, ["README.md", "adapter_config.json", "adapter_model.safetensors"]),
+    ):
+        for step in (2, 4):
+            (paths,) = [paths for *_, summary, paths in commits if summary == f"Training in progress, step {step}"]
+            assert set(paths) <= {*model, *TOKENIZER}
+        first = next(paths for *_, summary, paths in commits if summary == "Training in progress, step 2")
+        assert first == sorted([*model, *TOKENIZER])
+    for repo, _, summary, paths in of_proxy + of_lora:
+        for path in paths:
+            assert not path.startswith((".partial", ".hub", "checkpoint-")), (summary, path)
+            in_checkpoint = path.startswith("last-checkpoint/")
+            assert in_checkpoint == (summary.endswith(", checkpoint") and repo == "user/out")
+            assert in_checkpoint or not any(name in path for name in ("optimizer", "replay", "rng", "scheduler"))
+    checkpoint = hub.repos["user/out"]["main"]
+    assert {f"last-checkpoint/{name}" for name in STATE | {"replay_0.safetensors"}} <= set(checkpoint)
+    assert not any(
+        TOKEN.encode() in content for repo in ("out", "lora") for content in hub.repos[f"user/{repo}"]["main"].values()
+    )
+    assert not [
+        path for name in ("out", "lora") for path in (run.folder / name).iterdir() if path.name in (".hub", ".partial")
+    ]
+
+    files = {name: content for name, content in checkpoint.items() if not name.startswith("last-checkpoint/")}
     assert {*PROXY, "tokenizer.json", "tokenizer_config.json", "log.jsonl", "train_results.json"} <= set(files)
-    assert not [name for name in files if "/" in name or "optimizer" in name or "replay" in name or "rng" in name]
     assert [name for name in files if name.endswith(".safetensors")] == ["proxy_model.safetensors"]
     assert "short" in files["README.md"].decode(), "the card names the reward"
     (run.folder / "again").mkdir()
