@@ -64,11 +64,11 @@ def train(script, command_line):
     return lambda method, **changes: script.main(command_line(method, **changes))
 
 
-def test_two_processes_train_one_policy(launch_two, command_line, tmp_path):
+def test_two_processes_train_one_policy(start_ranks, launch_two, command_line, tmp_path):
     """The adapter and the value head, which runs outside the LM's `forward`, on two gloo ranks."""
     arguments = command_line("ppo", per_device_train_batch_size=2, beta=0.1)
-    result = launch_two("scripts/train_baseline.py", arguments, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[:6000]
+    statuses = start_ranks(2, [ROOT / "scripts" / "train_baseline.py", *arguments], tmp_path, tmp_path / "log")
+    assert statuses == [0, 0], (tmp_path / "log").read_text()[:6000]
     head = load_file(tmp_path / "ppo" / HEAD)
     assert head["linear.weight"].abs().sum() > 0
     adapter = load_file(tmp_path / "ppo" / "adapter_model.safetensors")
