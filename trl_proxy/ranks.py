@@ -129,8 +129,7 @@ class _Watch:
     def drop(self) -> None:
         """Closes the connections here, but not in the process that this one was forked from."""
         for peer in self.peers.values():
-            with suppress(OSError):
-                os.close(peer.detach())
+            peer.close()
 
 
 _current: _Watch | None = None
@@ -161,7 +160,8 @@ def _forget_in_fork() -> None:
         _current = None
 
 
-os.register_at_fork(after_in_child=_forget_in_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    os.register_at_fork(after_in_child=_forget_in_fork)
 
 
 def watch() -> bool:
