@@ -134,7 +134,7 @@ def test_flags_in_running_text_exist():
     known = "\n".join(path.read_text() for path in sources)
     inherited = {"model_name_or_path", "load_in_4bit", "output_dir", "log_completions", "eval_strategy", "eval_steps"}
     inherited |= {"load_best_model_at_end", "metric_for_best_model", "use_cpu", "bf16", "multi_gpu", "num_processes"}
-    inherited |= {"per_device_train_batch_size", "use_bnb_nested_quant", "config", "no-deps"}
+    inherited |= {"per_device_train_batch_size", "use_bnb_nested_quant", "config", "no-deps", "main_process_port"}
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`([^`]+)`", text) if page != "docs/results.md" else []:
