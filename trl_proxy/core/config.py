@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin
 
 from ..files import write_text
+from .values import check_values
 
 CONFIG_NAME = "proxy_config.json"
 WEIGHTS_NAME = "proxy_model.safetensors"
@@ -82,18 +82,11 @@ class ProxyConfig:
 
     def __post_init__(self):
         """Raises `ValueError` naming the field, its value and what is allowed."""
+        check_values(self)
         if not 0.0 < self.p_t <= 1.0:
             raise ValueError(f"`p_t` must be in (0, 1], got {self.p_t}.")
-        if not self.temperature > 0.0:
-            raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
-        if not isinstance(self.max_candidates, int) or self.max_candidates < 1:
-            raise ValueError(f"`max_candidates` must be an integer of at least 1, got {self.max_candidates}.")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"`threshold` must be a finite number, got {self.threshold}.")
-        if self.initial_accept_bias < 0.0:
-            raise ValueError(f"`initial_accept_bias` must be at least 0, got {self.initial_accept_bias}.")
-        if not self.gate_hidden_sizes or min(self.gate_hidden_sizes) < 1:
-            raise ValueError(f"`gate_hidden_sizes` must be positive integers, got {self.gate_hidden_sizes}.")
+        if not self.gate_hidden_sizes:
+            raise ValueError(f"`gate_hidden_sizes` must be one or more widths, got {self.gate_hidden_sizes}.")
         if not self.feature_layers or len(set(self.feature_layers)) < len(self.feature_layers):
             raise ValueError(f"`feature_layers` must be one or more layers, none twice, got {self.feature_layers}.")
         for f in dataclasses.fields(self):
