@@ -124,6 +124,8 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
     # Imported here: a local folder needs no hub, and `core` needs only torch.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
@@ -132,6 +134,10 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
 
     try:
         return hf_hub_download(folder_or_id, name, **hub_kwargs)
+    except GatedRepoError as error:
+        raise ValueError(
+            f"The hub repository {folder_or_id} is gated: ask for access on its page, and log in with `hf auth login`."
+        ) from error
     except (RemoteEntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
             f"{folder_or_id} is neither a folder nor a hub repository that holds a proxy ({name})."
@@ -141,5 +147,8 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
             f"{folder_or_id} is not a folder here, and the hub could not be reached for {name}: check the path, or "
             "the network."
         ) from error
+    except HfHubHTTPError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The hub did not give {name} of {folder_or_id} ({reason}): try again later.") from error
     except OSError as error:  # a full disk, a rate limit
         raise ValueError(f"{name} of {folder_or_id} could not be downloaded from the hub ({error}).") from error

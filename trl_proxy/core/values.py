@@ -64,7 +64,7 @@ def check_values(config) -> None:
         ValueError: a text, a list or a fraction where there must be a number, a list, a whole number; NaN; a number
             out of its bounds. The message names the field, its value and what is allowed.
     """
-    hints = _number_hints(type(config))
+    hints = _number_hints(config.__class__)
     for field in dataclasses.fields(config):
         if (value := getattr(config, field.name, None)) is field.default:
             continue
