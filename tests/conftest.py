@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -220,9 +221,9 @@ def brute_force():
 
 
 @pytest.fixture(scope="session")
-def load_two_ranks():
-    """The module `two_ranks.py` next to this file."""
-    return _load(Path(__file__).parent / "two_ranks.py")
+def load_ranks():
+    """The module `ranks.py` next to this file."""
+    return _load(Path(__file__).parent / "ranks.py")
 
 
 @pytest.fixture(scope="session")
@@ -297,6 +298,22 @@ def fork_server(tmp_path_factory):
     yield start
     server.kill()
     server.wait()
+
+
+@pytest.fixture(scope="session")
+def start_ranks(fork_server):
+    """`start_ranks(world, argv, cwd, log)` -> the exit statuses of gloo ranks on the CPU, started in no time as a
+    launcher starts them; their output goes to the end of the file `log`."""
+
+    def start(world, argv, cwd, log):
+        with socket.create_server(("localhost", 0)) as free:
+            port = str(free.getsockname()[1])
+        env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        ranks = [fork_server(argv, cwd, log, **env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(world)]
+        return [rank.wait() for rank in ranks]
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ PACKAGES = ("trl_proxy", "baselines", "eval", "scripts")
 # The folders and files of `trl_proxy/` from left to right: each imports only from those before it. Those of one entry
 # do not import one another.
 ORDER = [
-    ("files", "devices", "prompts"),
+    ("files", "devices", "prompts", "ranks"),
     ("reading",),
     ("core", "rewards"),
     ("decoding", "embedded"),

@@ -40,9 +40,11 @@ TRAINER = {
     "_save_checkpoint": "model trial",
     "_save_rng_state": "output_dir",
     "create_model_card": "model_name dataset_name tags",
+    "evaluate": "eval_dataset ignore_keys metric_key_prefix",
     "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
     "get_eval_dataloader": "eval_dataset",
     "log": "logs start_time",
+    "train": "resume_from_checkpoint trial ignore_keys_for_eval",
 }
 OTHERS = {
     Cache: {"__init__": "layers"},
@@ -58,6 +60,7 @@ OTHERS = {
     GRPOTrainer: {
         "_calculate_rewards": TRAINER["_calculate_rewards"],
         "_generate_and_score_completions": TRAINER["_generate_and_score_completions"],
+        "evaluate": "eval_dataset ignore_keys metric_key_prefix",
         "evaluation_loop": TRAINER["evaluation_loop"],
         "get_eval_dataloader": TRAINER["get_eval_dataloader"],
         "log": TRAINER["log"],

@@ -44,6 +44,20 @@ def exact_dtype(device: str | torch.device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
+def random_state_of(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The states of the generators that are drawn from in a computation on this device: the CPU's and the device's."""
+    get = getattr(getattr(torch, device.type, None), "get_rng_state", None)
+    return torch.get_rng_state(), get(device) if get else None
+
+
+def set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    """Sets what [`random_state_of`] returned."""
+    on_cpu, on_device = state
+    torch.set_rng_state(on_cpu)
+    if on_device is not None:
+        getattr(torch, device.type).set_rng_state(on_device, device)
+
+
 def warn_of_emulation(dtype: str | torch.dtype | None, device: str | torch.device) -> None:
     """Warns, once, if an LM of this dtype would run in bfloat16 that the device emulates."""
     if dtype in ("bfloat16", torch.bfloat16) and not has_bfloat16(device):

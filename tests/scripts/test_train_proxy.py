@@ -307,28 +307,30 @@ def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
 
 
 @pytest.mark.fault
-def test_two_processes_train_one_proxy(launch_two, tiny_run, tiny_lm, tmp_path):
-    """Two gloo ranks on the CPU, launched as on two GPUs; a signal to one of them, or its bad reward, stops both. The
-    same command resumes to the same result."""
+def test_two_processes_train_one_proxy(start_ranks, launch_two, tiny_run, tiny_lm, tmp_path):
+    """A signal to one of two processes, or its bad reward, stops both. The same command resumes to the same result."""
 
     def run_both(**flags):
-        arguments = tiny_run(per_device_train_batch_size=2, num_generations=2, replay_rollouts=2, **flags)
-        return launch_two("scripts/train_proxy.py", arguments, cwd=tmp_path)
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        statuses = start_ranks(2, [ROOT / "scripts" / "train_proxy.py", *tiny_run(**shared, **flags)], tmp_path, log)
+        return statuses, log.read_text()
 
-    result = run_both(max_steps=12, output_dir=tmp_path / "whole")
-    assert result.returncode == 0, result.stderr[-2000:]
+    shared = {"per_device_train_batch_size": 2, "num_generations": 2, "replay_rollouts": 2}
+    statuses, printed = run_both(max_steps=12, output_dir=tmp_path / "whole")
+    assert statuses == [0, 0], printed[-2000:]
     rewards = (tmp_path / "my_rewards.py").read_text()
     when = "os.environ['RANK'] == '1' and os.path.isdir('out/checkpoint-4')"
     (tmp_path / "my_rewards.py").write_text(SIGNALLING.format(when=when, name="SIGTERM"))
-    result = run_both(max_steps=12)
-    assert result.returncode != 0
-    assert result.stderr.count("train_proxy: SIGTERM ended the run") == 2
+    statuses, printed = run_both(max_steps=12)
+    assert statuses == [128 + signal.SIGTERM] * 2
+    assert printed.count("train_proxy: SIGTERM ended the run") == printed.count("train_proxy: ") == 1
     assert (tmp_path / "out" / "checkpoint-8" / "proxy_model.safetensors").is_file()
     assert not (tmp_path / "out" / "train_results.json").exists()
     (tmp_path / "my_rewards.py").write_text(rewards)
-    result = run_both(max_steps=12)
-    assert "Resuming from" in result.stdout
-    assert result.returncode == 0, result.stderr[-2000:]
+    statuses, printed = run_both(max_steps=12)
+    assert "Resuming from" in printed
+    assert statuses == [0, 0], printed[-2000:]
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 12
     whole, again = (load_file(tmp_path / name / "proxy_model.safetensors") for name in ("whole", "out"))
@@ -340,7 +342,7 @@ def test_two_processes_train_one_proxy(launch_two, tiny_run, tiny_lm, tmp_path):
         "import os\n\n\ndef upper(prompts, completions, **kwargs):\n"
         "    return [float('nan') if os.environ['RANK'] == '1' else 0.0] * len(prompts)\n"
     )
-    result = run_both(output_dir=tmp_path / "bad")
+    result = launch_two("scripts/train_proxy.py", tiny_run(**shared, output_dir=tmp_path / "bad"), cwd=tmp_path)
     assert result.returncode != 0
-    assert result.stderr.count("returned nan instead of a finite number") >= 2
+    assert result.stderr.count("returned nan instead of a finite number") == result.stderr.count("train_proxy: ") == 1
     assert (tmp_path / "bad" / "checkpoint-0" / "proxy_model.safetensors").is_file()

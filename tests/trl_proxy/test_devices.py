@@ -134,3 +134,17 @@ def test_checkpointing_of_activations_keeps_both_names(tmp_path):
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         with pytest.raises(ValueError, match="no LM runs in the update"):
             ProxyPPOConfig(output_dir=str(tmp_path), **{name: True})
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_the_random_state_is_the_devices_too(monkeypatch, kind):
+    """Without such a device, a generator of the CPU stands for its own."""
+    device, module, generator = torch.device(kind, 0), getattr(torch, kind), torch.Generator()
+    monkeypatch.setattr(module, "get_rng_state", lambda of: generator.get_state() if of == device else None)
+    monkeypatch.setattr(module, "set_rng_state", lambda state, of: of == device and generator.set_state(state))
+    before = devices.random_state_of(device)
+    expected = torch.rand(3), torch.rand(3, generator=generator)
+    devices.set_random_state(device, before)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.equal(torch.rand(3, generator=generator), expected[1])
+    assert devices.random_state_of(torch.device("cpu"))[1] is None

@@ -46,7 +46,7 @@ class ProxyMLP(nn.Module):
 
     def normalise(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(..., feature_size)` -> the parts after LayerNorm `(..., sum(part_sizes))` and the scalars, float32."""
-        *parts, scalars = features.float().split([*self.part_sizes, self.num_scalars], dim=-1)
+        *parts, scalars = features.to(self.feature_mean.dtype).split([*self.part_sizes, self.num_scalars], dim=-1)
         return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1), scalars
 
     @property

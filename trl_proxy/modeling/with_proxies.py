@@ -134,11 +134,18 @@ class ModelWithProxies(PreTrainedModel):
             check_trained_over(self.lm, config, proxy.config, folder_or_id)
         proxy.load_weights(weights)
         self.proxies[name] = proxy  # last: a file that fails to load leaves no untrained proxy
+        self._let_only_the_active_one_learn()
 
     def set_proxy(self, name: str) -> None:
         """Makes the proxy `name` the active one; `ValueError` if it was not loaded."""
         self._check_loaded(name)
         self.active_proxy = name
+        self._let_only_the_active_one_learn()
+
+    def _let_only_the_active_one_learn(self) -> None:
+        """With several processes, every parameter that requires a gradient must get one in each update."""
+        self.proxies.requires_grad_(False)
+        self.proxy.requires_grad_(not isinstance(self.proxy, WeightedProxy))
 
     def _check_loaded(self, name: str) -> None:
         if name not in self.proxies:

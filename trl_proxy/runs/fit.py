@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from ..devices import is_main_process
 from ..files import make_readable, write_text, writing
+from ..ranks import watch
 from .arguments import RunArguments
 from .process import Interrupted, lock_folder
 from .progress import ProgressLines, logged_seconds
@@ -24,7 +25,7 @@ PATIENCE = 20.0  # seconds; torch's launcher kills processes that have not ended
 
 
 def prepare_run(method: str, run_args: RunArguments, training_args, *configs) -> tuple[dict, str | None]:
-    """Locks the output folder for this process and seeds everything.
+    """Locks the output folder for this process and seeds everything. From here on, a process that fails ends all.
 
     Returns:
         the settings that identify the run, and the checkpoint to resume from, None if there is none.
@@ -32,9 +33,10 @@ def prepare_run(method: str, run_args: RunArguments, training_args, *configs) ->
     Raises:
         ValueError: the folder cannot be written, another process trains in it, or it holds another run.
     """
+    share_cpu_device(training_args)
+    watch()
     if is_main_process():
         lock_folder(training_args.output_dir)
-    share_cpu_device(training_args)
     run = {"method": method, **identity(run_args, training_args, *configs)}
     checkpoint = checkpoint_to_resume(run_args, training_args, run)
     set_seed(training_args.seed)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from ..devices import is_main_process
+from ..ranks import fail, unwatch
 
 LOCK_FILE = ".lock"
 
@@ -124,6 +127,10 @@ def run_command(command: list[str], stopped: Callable[[], bool] = lambda: False,
 
 def one_sentence(error: BaseException) -> str:
     """The message of a script for an error, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        # What follows in torch's message is about its allocator.
+        what = ". ".join(str(error).split(". ")[:2]).removesuffix(".")
+        return f"{what}: lower --per_device_train_batch_size or --rollout_batch_size, or load the LM in 4 bit."
     if isinstance(error, OSError) and error.filename and error.strerror:
         sentence = f"{error.filename} could not be read or written ({error.strerror})"
         in_cache = os.path.abspath(str(error.filename)).startswith(os.path.abspath(HF_HOME))
@@ -174,25 +181,42 @@ def run_script(
     """
     interrupt_on_sigterm()
     quieten()
-    status = 0
-    expected: tuple[type[BaseException], ...] = (ImportError, OSError, ValueError, *errors)
+    status, message = 0, ""
+    failure: BaseException | None = None
+    expected: tuple[type[BaseException], ...] = (ImportError, OSError, ValueError, torch.OutOfMemoryError, *errors)
     try:
         kept = main()  # noqa: F841 - keep the trainer alive until exit: DDP's destructor can deadlock
     except expected as error:
-        status, message = 1, one_sentence(error)
+        status, message, failure = 1, one_sentence(error), error
     except Interrupted as error:
-        status, message = 128 + error.signum, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command resumes." if goes_on else "interrupted."
-    if status:
-        print(f"{name}: {message}", file=sys.stderr)
+        status, message, failure = 128 + error.signum, str(error), error
+    except KeyboardInterrupt as error:
+        status, message, failure = 130, "interrupted; the same command resumes." if goes_on else "interrupted.", error
+    except Exception as error:
+        if not _is_one_of_several():
+            raise
+        # The error of one process: the others end because of it, and are silent.
+        status, failure = 1, error
+        message = f"process {os.environ['RANK']} ended by {type(error).__name__}: {one_sentence(error)}"
+    if failure is not None:
+        if _is_one_of_several():  # a launcher sends it to all once the first has failed
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if fail(failure):
+            if not isinstance(failure, (*expected, Interrupted, KeyboardInterrupt)):
+                traceback.print_exception(failure)
+            print(f"{name}: {message}", file=sys.stderr)
+    unwatch()
     _leave(status)
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _leave(status: int) -> NoReturn:
     """Ends the process. One of several processes exits without destructors. DDP has the last reference to a gloo
     process group, whose destructor waits for a thread. Sometimes that thread waits for the interpreter."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

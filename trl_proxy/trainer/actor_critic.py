@@ -230,7 +230,7 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
         if "update_steps" not in inputs:
             return loss
         # Micro-batches are added up, and the processes' gradients averaged.
-        return loss * (mask.sum() * self.accelerator.num_processes / max(inputs["update_steps"], 1))
+        return loss * mask.sum() * (self.accelerator.num_processes / max(inputs["update_steps"], 1))
 
     # Data order
 

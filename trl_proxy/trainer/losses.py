@@ -41,4 +41,4 @@ def clip_fraction(
 ) -> torch.Tensor:
     """Share of steps whose ratio is outside the clip range."""
     ratio = ((log_probs - old_log_probs) * mask).exp()
-    return masked_mean(((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float(), mask)
+    return masked_mean(((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).to(ratio), mask)

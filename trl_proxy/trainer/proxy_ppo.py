@@ -1,6 +1,8 @@
 """[`ProxyPPOTrainer`]: PPO on the gate (arXiv 2403.04283, section 3). The LM runs only in the rollout."""
 
 import copy
+import itertools
+import math
 import os
 import time
 from typing import Any
@@ -14,6 +16,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..core.config import WEIGHTS_NAME, proxy_file
 from ..core.rollout import Decisions, Rollout
+from ..devices import exact_dtype
 from ..modeling.card import CITATION, proxy_card
 from ..modeling.causal_lm import ProxyModelForCausalLM
 from ..modeling.proxies import WeightedProxy
@@ -106,12 +109,14 @@ class ProxyPPOTrainer(ActorCriticTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         model = self.accelerator.unwrap_model(self.model_wrapped)
         training = self.model.training
-        # TRL repeats a prompt once per generation; the LM reads it once.
-        repeats = self.num_generations if training else self.num_generations_eval
-        if any(prompt_ids[i] != prompt_ids[i - i % repeats] for i in range(len(prompt_ids))):
-            repeats = 1
-        prompts = prompt_ids[::repeats]
-        size = max((self.args.rollout_batch_size or len(prompt_ids)) // repeats, 1)
+        # TRL repeats a prompt once per generation, and may spread the generations over processes. The LM reads a
+        # prompt once for those that are here.
+        rows = self.args.rollout_batch_size or len(prompt_ids)
+        generations = self.num_generations if training else self.num_generations_eval
+        repeats = math.gcd(generations, *(len(list(equal)) for _, equal in itertools.groupby(prompt_ids)))
+        if repeats > rows:
+            repeats = math.gcd(repeats, rows)
+        prompts, size = prompt_ids[::repeats], rows // repeats
         started = time.perf_counter()
         completions, decisions, rollouts = [], [], []
         self._ended = []
@@ -213,11 +218,13 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         """Sets the moments of the gate's input, from the first rollout of all processes: observation normalisation
         (Andrychowicz et al. 2021, arXiv 2006.05990, section 3.3). They never change afterwards. A new gate's decisions
         do not depend on them."""
-        size = sum(model.gate.part_sizes)
-        sums = torch.zeros(2 * size + 1, device=self.accelerator.device)
+        size, device = sum(model.gate.part_sizes), self.accelerator.device
+        exact = exact_dtype(device)
+        sums = torch.zeros(2 * size + 1, dtype=exact, device=device)
         for chunk in chunks:
             parts, _ = model.gate.normalise(model.rollout_features(chunk))
-            sums += torch.cat([parts.sum(0), parts.square().sum(0), parts.new_tensor([len(parts)])])
+            totals = [parts.sum(0, dtype=exact), parts.square().sum(0, dtype=exact)]
+            sums += torch.cat([*totals, sums.new_tensor([len(parts)])])
         *sums, count = self.accelerator.reduce(sums, reduction="sum").split([size, size, 1])
         mean, square = (x / count.clamp(min=1) for x in sums)
         if count > 1:

@@ -8,6 +8,8 @@ import torch
 from accelerate.utils import gather, gather_object
 from trl.models import prepare_deepspeed
 
+from ..devices import random_state_of, set_random_state
+from ..ranks import all_or_none
 from ..rewards.caller import RewardCaller
 from ..rewards.checks import RewardError
 from ..rewards.classifier import ClassifierReward
@@ -93,14 +95,8 @@ class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
         """`ValueError` on every process if the LM's logits in this rollout were not finite on any process. Only the
         first call for a rollout checks them."""
         watch, self._watch = self._watch, None
-        if watch is None:
-            return
-        if first := gather_object([prompts[0]] if watch.noticed() else []):
-            raise ValueError(
-                f"The LM's logits are NaN or infinite in the batch whose first prompt is {first[0]!r}: load it in "
-                "float32 if it computes in float16, look for damaged weights, or lower the learning rate if the LM is "
-                "trained."
-            )
+        if watch is not None and (first := gather_object([prompts[0]] if watch.noticed() else [])):
+            raise _not_finite(first[0])
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         """The rewards `(all B, functions)`, NaN for None; `RewardError` on every process if one is invalid."""
@@ -130,30 +126,46 @@ class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
         return gathered
 
     def _generate_and_score_completions(self, inputs):
-        training = self.model.training
-        device = self.accelerator.device
-        rng_state = torch.get_rng_state()
-        cuda_rng_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        training, device = self.model.training, self.accelerator.device
+        random_state = random_state_of(device)
         head = self.accelerator.unwrap_model(self.model_wrapped).get_output_embeddings()
         try:
-            with _LogitsWatch(head) as self._watch:
+            with _LogitsWatch(head) as watch:
+                self._watch = watch
                 return super()._generate_and_score_completions(inputs)
-        except RewardError as failure:
+        except RewardError as error:
             if not training:
                 raise
-            # Restore the state before this rollout: a resumed run makes the same rollout and scores it again.
-            torch.set_rng_state(rng_state)
-            if cuda_rng_state is not None:
-                torch.cuda.set_rng_state(cuda_rng_state, device)
-            self._save_checkpoint(self.model, trial=None)
-            raise RewardError(
-                f"{str(failure).removesuffix('.')}: fix it, and the same command resumes from "
-                f"checkpoint-{self.state.global_step}, saved just now."
-            ) from failure
-        except RuntimeError:
-            # Sampling also fails if the logits are not finite.
-            self._check_logits([row["prompt"] for row in inputs])
+            failure = error
+        except RuntimeError as error:
+            # Sampling fails if the logits are not finite. The other processes may be in a collective: they are not
+            # asked here.
+            if watch.noticed():
+                raise _not_finite(inputs[0]["prompt"]) from error
             raise
+        # All processes have this error. Restore the state before this rollout: a resumed run makes the same rollout
+        # and scores it again.
+        set_random_state(device, random_state)
+        self._save_checkpoint(self.model, trial=None)
+        raise RewardError(
+            f"{str(failure).removesuffix('.')}: fix it, and the same command resumes from "
+            f"checkpoint-{self.state.global_step}, saved just now."
+        ) from failure
+
+    def train(self, *args, **kwargs):
+        with all_or_none():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with all_or_none():
+            return super().evaluate(*args, **kwargs)
+
+
+def _not_finite(prompt) -> ValueError:
+    return ValueError(
+        f"The LM's logits are NaN or infinite in the batch whose first prompt is {prompt!r}: load it in float32 if it "
+        "computes in float16, look for damaged weights, or lower the learning rate if the LM is trained."
+    )
 
 
 def _with_models(reward_funcs, args) -> list:

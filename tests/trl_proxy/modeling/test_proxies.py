@@ -53,6 +53,25 @@ def test_proxies_add_up(two_proxies, ragged_batch, features):
         assert model.generate(**prompts, max_new_tokens=10).tolist() == alone[name]
 
 
+def test_only_the_active_proxy_learns(two_proxies):
+    """Several processes wait for a gradient of every parameter that requires one."""
+
+    def learning(model):
+        return {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+
+    model = two_proxies()
+    assert learning(model) == {"default"}
+    model.set_proxy("two")
+    assert learning(model) == {"two"}
+    assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in model.proxy.parameters())
+    model.add_weighted_proxy(["one", "two"], [0.5, 0.5], "both")
+    assert learning(model) == {"two"}
+    model.set_proxy("both")
+    assert learning(model) == set()
+    model.set_proxy("one")
+    assert learning(model) == {"one"}
+
+
 @pytest.mark.fault
 def test_what_does_not_add_up_is_named(two_proxies, tmp_path):
     model = two_proxies(p_t=0.2)

@@ -626,6 +626,22 @@ def test_rollouts_in_parts_are_the_same_rollout(train):
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "size", "calls"), [("aaaabbbb", None, [8]), ("aabbbb", None, [6]), ("aaaa", 2, [2, 2])]
+)
+def test_no_more_responses_at_once_than_asked_for(train, prompts, size, calls):
+    """Generations of a prompt may be on other processes, so any number of equal prompts may follow one another."""
+    trainer = train(call=False, num_generations=4, rollout_batch_size=size)
+    generate, rows = trainer.model.generate, []
+    trainer.model.generate = lambda *args, **kwargs: rows.append(generate(*args, **kwargs)) or rows[-1]
+    trainer.model.train()
+    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    assert len(trainer._generate_single_turn(ids, None, {})) == len(prompts)
+    assert [len(output.sequences) for output in rows] == calls
+    starts = [row[: len(ids[0])].tolist() for output in rows for row in output.sequences]
+    assert starts == ids
+
+
 def test_the_model_card_is_true(train, tmp_path):
     train(max_steps=8, save_steps=8)
     card = (tmp_path / "run" / "README.md").read_text()
