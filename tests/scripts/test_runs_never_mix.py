@@ -324,12 +324,18 @@ def test_a_checkpoint_is_continued_with_more_steps(train, folder, tmp_path, caps
     assert not (out / "train_results.json").exists()
     with pytest.raises(ValueError, match=r"not finished: .* checkpoint, out/checkpoint-8"):
         read_proxy("out")
-    train(resume_from_checkpoint="out/checkpoint-8", **MORE)
-    train(resume_from_checkpoint="out/checkpoint-8", output_dir="further", **MORE)
-    assert steps(out) == [4, 8, 12]
-    assert steps(tmp_path / "further") == [12]
+    longer = {"max_steps": 16, "save_steps": 8}
+    train(resume_from_checkpoint="out/checkpoint-8", **longer)
+    assert steps(out) == [4, 8, 16]
+    train(
+        resume_from_checkpoint="out/checkpoint-8",
+        output_dir="further",
+        kill={"step": 13},
+        **longer | {"save_steps": 4},
+    )
+    train(output_dir="further", **longer | {"save_steps": 4})
+    assert steps(tmp_path / "further") == [12, 16]
     assert same_weights(out, tmp_path / "further")
-    train(output_dir="further", **MORE)
     is_whole(tmp_path / "further")
 
 
