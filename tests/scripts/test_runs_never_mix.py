@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from eval.trained import read_baseline, read_proxy
+from trl_proxy import ProxyConfig
 from trl_proxy.files import write_checksums
 from trl_proxy.runs.process import Interrupted
 from trl_proxy.runs.resume import differences, is_finished, read_run
@@ -230,6 +231,23 @@ def test_baselines_never_mix(train, tmp_path, method):
     left = {path.name for path in out.iterdir()} - {".lock"}
     assert left == {"run.json", "log.jsonl", *(["pairs.json"] if method == "dpo" else [])}
     assert json.loads((out / "run.json").read_text())["seed"] == 1
+
+
+@pytest.mark.fault
+def test_a_proxy_that_is_not_finished(folder):
+    """Whoever asks for it, as generate.py and a comparison do, is told of its newest checkpoint."""
+    folder("killed at its end")
+    with pytest.raises(
+        ValueError, match=r"out holds no proxy: proxy_config\.json is missing, but out/checkpoint-8 has"
+    ):
+        ProxyConfig.from_pretrained("out")
+    with pytest.raises(
+        ValueError, match=r"out is not finished: .*the same command resumes.* checkpoint, out/checkpoint-8"
+    ):
+        read_proxy("out")
+    assert read_proxy("out/checkpoint-8").seed == 42
+    folder("finished", at="done")
+    assert read_proxy("done").episodes == 16
 
 
 @pytest.mark.fault
