@@ -119,7 +119,7 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
     if os.path.isdir(folder_or_id):
         path = os.path.join(folder_or_id, name)
         if not os.path.isfile(path):
-            raise ValueError(f"{folder_or_id} holds no proxy: {name} is missing.")
+            raise ValueError(f"{folder_or_id} holds no proxy: {name} is missing{_in_checkpoint(folder_or_id, name)}.")
         return path
     # Imported here: a local folder needs no hub, and `core` needs only torch.
     from huggingface_hub import hf_hub_download
@@ -152,3 +152,10 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
         raise ValueError(f"The hub did not give {name} of {folder_or_id} ({reason}): try again later.") from error
     except OSError as error:  # a full disk, a rate limit
         raise ValueError(f"{name} of {folder_or_id} could not be downloaded from the hub ({error}).") from error
+
+
+def _in_checkpoint(folder: str, name: str) -> str:
+    """The end of a sentence that says where an unfinished training has a file."""
+    found = [other for other in os.listdir(folder) if os.path.isfile(os.path.join(folder, other, name))]
+    newest = max(found, key=lambda other: (len(other), other), default=None)
+    return f", but {os.path.join(folder, newest)} has it" if newest else ""
