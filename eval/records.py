@@ -47,9 +47,11 @@ class Run:
         self.started_at = self.started_at or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def path(self, output_dir: str | os.PathLike) -> Path:
-        """`<output_dir>/records/<method>-seed<k>.json`, with the variant, if any, after the method."""
-        variant = "" if self.variant is None else "-" + re.sub(r"[^\w.=]+", "_", self.variant)
-        return Path(output_dir) / "records" / f"{self.method}{variant}-seed{self.seed}.json"
+        """`<output_dir>/records/<method>-seed<k>.json`, with the variant, if any, after the method. A name from a
+        trained folder cannot lead out of there."""
+        parts = [self.method] if self.variant is None else [self.method, self.variant]
+        name = "-".join(re.sub(r"[^\w.=]+", "_", part) for part in [*parts, f"seed{self.seed}"])
+        return Path(output_dir) / "records" / f"{name}.json"
 
 
 @dataclass(kw_only=True)

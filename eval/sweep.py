@@ -8,7 +8,7 @@ from eval.comparison import Comparison
 from eval.records import read_records
 from eval.training_logs import TrainingLog, read_training_file, training_log
 from trl_proxy.core.config import CONFIG_NAME
-from trl_proxy.runs.resume import RUN_FILE
+from trl_proxy.trainer.checkpoints import RUN_FILE
 
 
 class SweepRun(NamedTuple):

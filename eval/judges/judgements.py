@@ -15,6 +15,7 @@ import numpy as np
 from eval.comparison import Comparison, kind_title, label, mean_over_seeds
 from eval.judges.pairwise import Verdicts
 from eval.records import Run
+from eval.report.tables import with_interval
 from eval.stats import Interval, seeds_rate_ci, win_rate
 from trl_proxy.files import write_text
 
@@ -169,7 +170,7 @@ def judgement_table(judgements: list[dict]) -> tuple[list[str], list[list[str]]]
                 judge,
                 name,
                 str(len(group)),
-                f"{mean_over_seeds(group, 'win_rate'):.2f} [{interval[0]:.2f}, {interval[1]:.2f}]",
+                with_interval(mean_over_seeds(group, "win_rate"), interval, ".2f"),
                 *[f"{mean_over_seeds(group, 'by_kind', kind, 'win_rate'):.2f}" for kind in kinds],
                 f"{mean_over_seeds(group, 'tie_rate'):.0%}",
                 "n/a" if disagree is None else f"{disagree:.0%}",

@@ -17,7 +17,8 @@ from eval.sweep import read_sweep
 from eval.training_logs import TrainingLog, read_training_file, training_log
 from trl_proxy.core.config import CONFIG_NAME
 from trl_proxy.files import write_text
-from trl_proxy.runs.resume import ASKED, RESULTS_FILE, RUN_FILE
+from trl_proxy.runs.resume import ASKED, CONTENTS, FORMAT, RESULTS_FILE, VERSIONS, is_checkpoint
+from trl_proxy.trainer.checkpoints import RUN_FILE
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,7 +67,8 @@ def read_run(folder: Path) -> dict:
         ValueError: if the folder has no run.json, or a damaged one.
     """
     config = folder / CONFIG_NAME
-    run = {name: value for name, value in read_training_file(folder / RUN_FILE).items() if name != ASKED}
+    run = read_training_file(folder / RUN_FILE)
+    run = {name: value for name, value in run.items() if name not in (ASKED, CONTENTS, FORMAT, VERSIONS)}
     return {**run, **(read_training_file(config) if config.is_file() else {})}
 
 
@@ -79,7 +81,9 @@ def report(args: argparse.Namespace) -> Path | None:
         raise ValueError("name the output folder of scripts/compare.py, or --tables.")
     output_dir = Path(args.output_dir)
     comparison = Comparison.read(output_dir)
-    folders = map(Path, args.trained) if args.trained else (p.parent for p in output_dir.glob(f"*/{RUN_FILE}"))
+    # If the output folder is a training's, it has checkpoints, which are not trainings.
+    below = (path.parent for path in output_dir.glob(f"*/{RUN_FILE}") if not is_checkpoint(path.parent))
+    folders = map(Path, args.trained) if args.trained else below
     folders = {os.path.relpath(folder, output_dir): folder for folder in sorted(folders)}
     runs = {name: read_run(folder) for name, folder in folders.items()}
     sweeps = []

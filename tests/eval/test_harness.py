@@ -265,6 +265,13 @@ def test_paths_are_safe_and_differ_by_variant(tmp_path):
     ]
 
 
+def test_a_strangers_method_and_seed_stay_in_the_folder(tmp_path):
+    for method, seed in (("../../evil", 0), ("a/b", 0), ("proxy", "../0"), ("/etc/x", 0), ("..", 0)):
+        one = run("sft")
+        one.method, one.seed = method, seed
+        assert one.path(tmp_path).resolve().parent == (tmp_path / "records").resolve()
+
+
 def test_git_commit_outside_git_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr("eval.records.__file__", str(tmp_path / "eval" / "records.py"))
     assert git_commit() is None

@@ -53,6 +53,7 @@ def no_figure(report, monkeypatch):
 def test_a_whole_report(run, compared, tmp_path, capsys):
     train(compared / "seed0")
     train(compared / "dpo-seed0", method="dpo")
+    train(compared / "checkpoint-8", learning_rate=0.00777)  # of a training into the same folder
     sweep = train(tmp_path / "sweep" / "p_t=0.0456")
     shutil.copytree(RESULTS, sweep / "records")
     page = run(compared, "--sweeps", f"p_t={tmp_path / 'sweep'}", "--gold", "gold")
@@ -72,6 +73,7 @@ def test_a_whole_report(run, compared, tmp_path, capsys):
     ]
     assert html.count("<figure>") == html.count("data:image/png;base64,") == 10
     assert "<td>0.00123</td>" in html  # of run.json
+    assert "0.00777" not in html
     assert "<td>0.0456</td>" in html  # of proxy_config.json
     for record in map(json.loads, (path.read_text() for path in RESULTS.glob("*.json"))):
         assert record["git_commit"] in html

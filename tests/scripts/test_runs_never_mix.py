@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from eval.trained import read_baseline, read_proxy
+from trl_proxy import ProxyConfig
 from trl_proxy.files import write_checksums
 from trl_proxy.runs.process import Interrupted
 from trl_proxy.runs.resume import differences, is_finished, read_run
@@ -233,6 +234,23 @@ def test_baselines_never_mix(train, tmp_path, method):
 
 
 @pytest.mark.fault
+def test_a_proxy_that_is_not_finished(folder):
+    """Whoever asks for it, as generate.py and a comparison do, is told of its newest checkpoint."""
+    folder("killed at its end")
+    with pytest.raises(
+        ValueError, match=r"out holds no proxy: proxy_config\.json is missing, but out/checkpoint-8 has"
+    ):
+        ProxyConfig.from_pretrained("out")
+    with pytest.raises(
+        ValueError, match=r"out is not finished: .*the same command resumes.* checkpoint, out/checkpoint-8"
+    ):
+        read_proxy("out")
+    assert read_proxy("out/checkpoint-8").seed == 42
+    folder("finished", at="done")
+    assert read_proxy("done").episodes == 16
+
+
+@pytest.mark.fault
 def test_a_running_folder(train, folder, tmp_path):
     out = folder("killed")
     with FileLock(out / ".lock"):
@@ -324,12 +342,18 @@ def test_a_checkpoint_is_continued_with_more_steps(train, folder, tmp_path, caps
     assert not (out / "train_results.json").exists()
     with pytest.raises(ValueError, match=r"not finished: .* checkpoint, out/checkpoint-8"):
         read_proxy("out")
-    train(resume_from_checkpoint="out/checkpoint-8", **MORE)
-    train(resume_from_checkpoint="out/checkpoint-8", output_dir="further", **MORE)
-    assert steps(out) == [4, 8, 12]
-    assert steps(tmp_path / "further") == [12]
+    longer = {"max_steps": 16, "save_steps": 8}
+    train(resume_from_checkpoint="out/checkpoint-8", **longer)
+    assert steps(out) == [4, 8, 16]
+    train(
+        resume_from_checkpoint="out/checkpoint-8",
+        output_dir="further",
+        kill={"step": 13},
+        **longer | {"save_steps": 4},
+    )
+    train(output_dir="further", **longer | {"save_steps": 4})
+    assert steps(tmp_path / "further") == [12, 16]
     assert same_weights(out, tmp_path / "further")
-    train(output_dir="further", **MORE)
     is_whole(tmp_path / "further")
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin
 
 from ..files import write_text
+from .values import check_values
 
 CONFIG_NAME = "proxy_config.json"
 WEIGHTS_NAME = "proxy_model.safetensors"
@@ -82,18 +82,11 @@ class ProxyConfig:
 
     def __post_init__(self):
         """Raises `ValueError` naming the field, its value and what is allowed."""
+        check_values(self)
         if not 0.0 < self.p_t <= 1.0:
             raise ValueError(f"`p_t` must be in (0, 1], got {self.p_t}.")
-        if not self.temperature > 0.0:
-            raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
-        if not isinstance(self.max_candidates, int) or self.max_candidates < 1:
-            raise ValueError(f"`max_candidates` must be an integer of at least 1, got {self.max_candidates}.")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"`threshold` must be a finite number, got {self.threshold}.")
-        if self.initial_accept_bias < 0.0:
-            raise ValueError(f"`initial_accept_bias` must be at least 0, got {self.initial_accept_bias}.")
-        if not self.gate_hidden_sizes or min(self.gate_hidden_sizes) < 1:
-            raise ValueError(f"`gate_hidden_sizes` must be positive integers, got {self.gate_hidden_sizes}.")
+        if not self.gate_hidden_sizes:
+            raise ValueError(f"`gate_hidden_sizes` must be one or more widths, got {self.gate_hidden_sizes}.")
         if not self.feature_layers or len(set(self.feature_layers)) < len(self.feature_layers):
             raise ValueError(f"`feature_layers` must be one or more layers, none twice, got {self.feature_layers}.")
         for f in dataclasses.fields(self):
@@ -126,11 +119,13 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
     if os.path.isdir(folder_or_id):
         path = os.path.join(folder_or_id, name)
         if not os.path.isfile(path):
-            raise ValueError(f"{folder_or_id} holds no proxy: {name} is missing.")
+            raise ValueError(f"{folder_or_id} holds no proxy: {name} is missing{_in_checkpoint(folder_or_id, name)}.")
         return path
     # Imported here: a local folder needs no hub, and `core` needs only torch.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
@@ -139,6 +134,10 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
 
     try:
         return hf_hub_download(folder_or_id, name, **hub_kwargs)
+    except GatedRepoError as error:
+        raise ValueError(
+            f"The hub repository {folder_or_id} is gated: ask for access on its page, and log in with `hf auth login`."
+        ) from error
     except (RemoteEntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
             f"{folder_or_id} is neither a folder nor a hub repository that holds a proxy ({name})."
@@ -148,5 +147,15 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
             f"{folder_or_id} is not a folder here, and the hub could not be reached for {name}: check the path, or "
             "the network."
         ) from error
+    except HfHubHTTPError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The hub did not give {name} of {folder_or_id} ({reason}): try again later.") from error
     except OSError as error:  # a full disk, a rate limit
         raise ValueError(f"{name} of {folder_or_id} could not be downloaded from the hub ({error}).") from error
+
+
+def _in_checkpoint(folder: str, name: str) -> str:
+    """The end of a sentence that says where an unfinished training has a file."""
+    found = [other for other in os.listdir(folder) if os.path.isfile(os.path.join(folder, other, name))]
+    newest = max(found, key=lambda other: (len(other), other), default=None)
+    return f", but {os.path.join(folder, newest)} has it" if newest else ""

@@ -88,6 +88,8 @@ def check_generation_kwargs(kwargs: dict | None, *, sampling: bool = False) -> N
         kwargs: the user's `generation_kwargs`.
         sampling: whether the LM samples, so that temperature and truncations have a meaning.
     """
+    if not isinstance(kwargs, dict | None):
+        raise ValueError(f"`generation_kwargs` must be a JSON object of options of `generate`, got {kwargs!r}.")
     for name, value in (kwargs or {}).items():
         if name in SAMPLING:
             if not sampling:

@@ -1,6 +1,7 @@
 """The model card of a proxy: its LM, how to load it, its training and its measured results."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ and was not changed; its own licence applies to it. The proxy has {trainable:,} 
 from transformers import AutoModelForCausalLM
 from trl_proxy import ProxyModelForCausalLM
 
-lm = AutoModelForCausalLM.from_pretrained("{base}"{revision_argument})
+lm = AutoModelForCausalLM.from_pretrained({base_argument}{revision_argument})
 model = ProxyModelForCausalLM.from_pretrained(lm, "this folder or repository")
 model.generate(**inputs, max_new_tokens=64)
 ```
@@ -50,6 +51,11 @@ _MEASURED = {
     "win_rate_vs_sft": ("win rate against the LM's greedy decoding", "win_rate_ci95"),
     "lm_logprob_per_token": ("the LM's log-probability per token", None),
 }
+
+
+def _plain(value) -> str:
+    """A value as text of one line that cannot end the code or the list in which it stands."""
+    return " ".join(str(value).replace("`", "'").split())
 
 
 def proxy_card(
@@ -83,13 +89,14 @@ def proxy_card(
     )
     text = _TEXT.format(
         name=name or "proxy",
-        base=base,
-        revision=f" (revision `{revision}`)" if revision else "",
-        revision_argument=f', revision="{revision}"' if revision else "",
+        base=_plain(base),
+        base_argument=json.dumps(base),  # a literal of Python too
+        revision=f" (revision `{_plain(revision)}`)" if revision else "",
+        revision_argument=f", revision={json.dumps(revision)}" if revision else "",
         trainable=trainable,
         share=100 * trainable / (total - trainable),
         training=training,
-        settings="\n".join(f"- `{k}`: {v}" for k, v in dataclasses.asdict(config).items() if v is not None),
+        settings="\n".join(f"- `{k}`: {_plain(v)}" for k, v in dataclasses.asdict(config).items() if v is not None),
         results=f"{_BEGIN}\n{_END}",
         citation=CITATION,
     )

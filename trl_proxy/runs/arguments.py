@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
+from ..core.values import check_values
 from ..decoding.settings import DecodingSettings, check_generation_kwargs, with_system_prompt
 from ..devices import half_dtype, is_main_process
 from ..loading import EMBEDDED, load_lm, load_prompts, load_reward
@@ -106,8 +107,7 @@ class RunArguments(SystemPromptArguments, ScriptArguments):
 
     def __post_init__(self):
         check_fields(self, SCRIPT)
-        if self.max_train_seconds is not None and self.max_train_seconds <= 0:
-            raise ValueError(f"`max_train_seconds` must be above 0, got {self.max_train_seconds}.")
+        check_values(self)
 
 
 def load_split(run_args: RunArguments, split: str) -> Dataset:

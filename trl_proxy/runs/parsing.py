@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
+from ..core.values import check_values
 from .recipes import read_recipe
 
 # The options of TRL and transformers that most runs set; `--help_all` lists the rest.
@@ -135,7 +136,7 @@ class RecipeParser(TrlParser):
             if value is None or isinstance(value, dict | list):
                 raise ValueError
             converted = convert(text)
-        except (ValueError, argparse.ArgumentTypeError) as error:
+        except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
             kind = {"str": "text", "string_to_bool": "true or false"}.get(convert.__name__, convert.__name__)
             given = "null" if value is None else repr(value)
             raise ValueError(f"{where}: `{action.dest}` must be {kind}, got {given}.") from error
@@ -199,9 +200,14 @@ class RecipeParser(TrlParser):
                     # A mapping goes where the JSON of the command line goes.
                     action.default = json.dumps(value) if isinstance(value, dict) and action.type is str else value
                     action.required = False
-            *configs, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
+            try:
+                *configs, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
+            except (ArithmeticError, AttributeError, KeyError, TypeError) as error:  # of TRL's and transformers' own
+                raise ValueError(f"A setting has a value of the wrong kind ({error}): see --help_all.") from error
         if unknown:
             raise ValueError(f"{unknown[0]} is no option: --help_all or --help lists them.")
+        for config in configs:
+            check_values(config)
         asked = self.asked(given, all_known=fail_with_unknown_args)
         for config, kind in zip(configs, self.dataclass_types, strict=True):
             if "asked" in {field.name for field in dataclasses.fields(kind)}:

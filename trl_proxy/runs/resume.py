@@ -124,6 +124,11 @@ def _step(checkpoint: str) -> int:
     return int(found[1]) if found else 0
 
 
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return _CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(folder))) is not None
+
+
 def has_model(folder: str | os.PathLike) -> bool:
     """Whether there are the weights of a trained model in a folder."""
     return os.path.isdir(folder) and any(fnmatch(name, "*model*.safetensors") for name in os.listdir(folder))

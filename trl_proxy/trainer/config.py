@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import RLOOConfig
 
+from ..core.values import check_values
 from ..decoding.settings import check_generation_kwargs
 from ..devices import DeviceDefaults
 from . import fields
@@ -22,8 +23,7 @@ class RewardTimeoutConfig:
     )
 
     def __post_init__(self):
-        if self.reward_timeout is not None and not self.reward_timeout > 0:
-            raise ValueError(f"`reward_timeout` must be above 0, got {self.reward_timeout}.")
+        check_values(self)
         super().__post_init__()  # type: ignore[misc]  # the arguments after this mixin have it
 
 
@@ -89,13 +89,6 @@ class PPOConfig(RewardTimeoutConfig, DeviceDefaults, RLOOConfig):
                 f"{minibatches} minibatches of a rollout (`steps_per_generation` x `num_iterations`): choose a "
                 "divisor, because an update learns from whole minibatches of one rollout."
             )
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
-        if self.reward_shaping_tokens is not None and self.reward_shaping_tokens < 1:
-            raise ValueError(f"`reward_shaping_tokens` must be at least 1, got {self.reward_shaping_tokens}.")
-        if self.missing_eos_penalty is not None and self.missing_eos_penalty <= 0:
-            raise ValueError(f"`missing_eos_penalty` must be above 0, got {self.missing_eos_penalty}.")
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every update uses all trained parameters. DDP's search would miss the critic, which runs after `forward`.
             self.ddp_find_unused_parameters = False
@@ -144,8 +137,3 @@ class ProxyPPOConfig(PPOConfig):
     )
 
     _fields = fields.PROXY
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.replay_rollouts < 1:
-            raise ValueError(f"`replay_rollouts` must be at least 1, got {self.replay_rollouts}.")

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 
 from trl_proxy import PPOConfig, ProxyConfig, ProxyPPOConfig
 from trl_proxy.core.config import proxy_file
@@ -98,6 +100,30 @@ def test_no_proxy_there(tmp_path):
         ProxyConfig.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"/no/such/folder is neither a folder nor a hub repository"):
         proxy_file("/no/such/folder", "proxy_config.json")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GatedRepoError", "is gated: ask for access"),
+        ("RepositoryNotFoundError", "is neither a folder nor a hub repository"),
+        ("RemoteEntryNotFoundError", "is neither a folder nor a hub repository"),
+        ("LocalEntryNotFoundError", "the hub could not be reached"),
+        ("HfHubHTTPError", r"The hub did not give proxy_config.json of owner/proxy \(429 Too many"),
+    ],
+)
+def test_what_the_hub_answers_is_told_apart(monkeypatch, kind, said):
+    def download(*args, **kwargs):
+        error = getattr(errors, kind)
+        if kind == "LocalEntryNotFoundError":
+            raise error("offline")
+        raise error("429 Too many\nrequests", response=SimpleNamespace(headers={}, request=None, status_code=429))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(ValueError, match=said) as refused:
+        proxy_file("owner/proxy", "proxy_config.json")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.fixture

@@ -147,6 +147,22 @@ def test_a_new_network_returns_its_bias(parts, scalars):
     assert torch.equal(mlp(torch.randn(50, sum(parts) + scalars) * 100), torch.full((50,), 1.5))
 
 
+def test_a_feature_that_never_varies_is_not_blown_up():
+    mlp = ProxyMLP([4], 0, [8], bias=0.0)
+    torch.nn.init.normal_(mlp.mlp[-1].weight)
+    mlp.standardise(torch.ones(4), torch.tensor([0.0, 1e-4, 1e-3, 2.0]))
+    assert mlp.feature_std.tolist() == pytest.approx([1e-3, 1e-3, 1e-3, 2.0])
+    assert mlp.feature_mean.tolist() == [1.0] * 4
+    assert mlp(torch.randn(3, 4)).isfinite().all()
+
+
+def test_a_network_is_new_until_it_has_moments_or_has_learned():
+    fresh, standardised, trained = (ProxyMLP([4], 0, [8], bias=0.5) for _ in range(3))
+    standardised.standardise(torch.full((4,), 0.5), torch.ones(4))
+    trained.mlp[-1].weight.data[0, 3] = 1e-6
+    assert [network.is_new for network in (fresh, standardised, trained)] == [True, False, False]
+
+
 def test_mlp_stays_in_float32():
     """bfloat16 features and autocast leave the accept logits, and so PPO's ratios, in float32."""
     mlp = ProxyMLP([64], 0, [16], bias=0.0)

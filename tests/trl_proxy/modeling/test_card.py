@@ -1,5 +1,8 @@
 """trl_proxy/modeling/card.py: a proxy's card says what it is and what was measured."""
 
+import ast
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 
@@ -52,3 +55,18 @@ def test_the_lm_and_its_revision_are_named(base, on_hub, tmp_path):
     assert f'from_pretrained("{base}", revision="abc")' in card.text
     assert "888 parameters, 0.89 % of the LM's" in card.text
     assert card.data.base_model == (base if on_hub else None)
+
+
+@pytest.mark.parametrize(
+    "base", ['x"); import os; os.system("id")  #', "a\nb", "C:\\models\\lm", "`x` ```\n# title", "\ud7ff\u2028é'"]
+)
+def test_a_name_from_a_downloaded_proxy_is_text_alone(base):
+    """In the Python block it is one literal, and it ends no code or line around it."""
+    card = proxy_card(config(base_model_name_or_path=base), 888, 100_888, revision=base)
+    (block,) = re.findall(r"^```python\n(.*?)^```", card.text, re.DOTALL | re.MULTILINE)
+    (call,) = [
+        node.value for node in ast.parse(block).body if "AutoModel" in ast.unparse(node) and hasattr(node, "value")
+    ]
+    assert ast.literal_eval(call.args[0]) == base
+    assert ast.literal_eval(call.keywords[0].value) == base
+    assert [line for line in card.text.splitlines() if line.startswith("#")] == ["# proxy"]

@@ -1,7 +1,6 @@
 """The trainers against `brute_force_step.py`: scores, advantages, losses, gradients and metrics of tiny trainings."""
 
 import json
-import socket
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -150,28 +149,31 @@ RANKS = {
         {"lm_itself": True, **LOSS, "beta": 0.2, "updates": 2, "learning_rate": 0.02},
     ],
     4: [
-        {"num_generations": 1, "per_device_train_batch_size": 1, "mask_truncated_completions": True, "updates": 4}
-        | {**LOSS, "idle_ranks": True, "max_completion_length": 3},
+        {
+            **LOSS,
+            "num_generations": 1,
+            "per_device_train_batch_size": 1,
+            "mask_truncated_completions": True,
+            "max_completion_length": 3,
+            "updates": 4,
+            "idle_ranks": True,
+        },
+        {
+            **PRICES,
+            "num_generations": 4,
+            "num_generations_eval": 4,
+        },  # of a prompt, two here and two on the next process
     ],
 }
 
 
 @pytest.mark.parametrize("count", RANKS)
-def test_processes_equal_one_twin_with_all_their_rows(fork_server, tiny_tokenizer, tmp_path, count):
+def test_processes_equal_one_twin_with_all_their_rows(start_ranks, tiny_tokenizer, tmp_path, count):
     """What each has differs; metrics, advantages, moments and gradients are over all of it."""
     shared = {"num_generations": 2, "updates": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     tiny_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "options.json").write_text(json.dumps([{**shared, **options} for options in RANKS[count]]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    folder = Path(__file__).parent
-    address = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    folder, log = Path(__file__).parent, tmp_path / "log.txt"
     command = [folder / "train_on_ranks.py", tmp_path, tmp_path / "options.json", tmp_path / "out"]
-    logs = [tmp_path / f"log-{rank}.txt" for rank in range(count)]
-    processes = [
-        fork_server(command, folder, log, RANK=str(rank), LOCAL_RANK=str(rank), **address)
-        for rank, log in enumerate(logs)
-    ]
-    assert [process.wait() for process in processes] == [0] * count, "".join(x.read_text()[-3000:] for x in logs)
-    assert logs[0].read_text().count("equal\n") == len(RANKS[count])
+    assert start_ranks(count, command, folder, log) == [0] * count, log.read_text()[-5000:]
+    assert log.read_text().count("equal\n") == len(RANKS[count])

@@ -45,6 +45,25 @@ def test_losses_equal_naive_loops(rows, steps, low, high, seed):
         assert float(got) == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
+def test_the_edges_of_the_clip_range_are_inside():
+    ratios = torch.tensor([[0.5, 0.75, 1.0, 1.25, 1.5]], dtype=torch.float64)
+    found = clip_fraction(ratios.log(), torch.zeros(1, 5).double(), torch.ones(1, 5).bool(), 0.5, 0.5)
+    assert found == 0.0
+    assert clip_fraction(ratios.log(), torch.zeros(1, 5).double(), torch.ones(1, 5).bool(), 0.25, 0.25) == 0.4
+
+
+def test_steps_outside_the_mask_may_be_anything():
+    """Padding has no number that means something, and must not reach a gradient."""
+    mask = torch.tensor([[True, False]])
+    log_probs, old = torch.tensor([[0.1, 400.0]], requires_grad=True), torch.tensor([[0.0, -400.0]])
+    loss = clipped_policy_loss(log_probs, old, torch.tensor([[1.0, 0.0]]), mask, 0.2, 0.2)
+    loss = loss + approx_kl(log_probs, old, mask)
+    loss.backward()
+    assert loss.isfinite()
+    assert log_probs.grad.isfinite().all()
+    assert clip_fraction(log_probs, old, mask, 0.2, 0.2) == 0.0
+
+
 def test_no_step_is_no_gradient():
     log_probs = torch.randn(2, 3, requires_grad=True)
     mask = torch.zeros(2, 3, dtype=torch.bool)

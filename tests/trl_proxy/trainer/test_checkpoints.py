@@ -1,0 +1,28 @@
+"""Checkpoints are written where a rollout's updates end, and at the end of training."""
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from trl_proxy.trainer.checkpoints import SaveBetweenRollouts
+
+
+@pytest.mark.parametrize(
+    ("asked", "last", "expected"),
+    [
+        ({4}, 12, {4}),
+        ({1}, 12, {4}),
+        ({1, 2, 3, 6, 9, 10}, 12, {4, 8, 12}),
+        ({3, 10}, 10, {4, 10}),  # the end, in the middle of a rollout's updates
+        ({5}, 7, {7}),
+        ({9}, 10, {10}),
+        (set(), 8, set()),
+    ],
+)
+def test_a_checkpoint_waits_for_the_end_of_its_rollout(asked, last, expected):
+    callback, saved = SaveBetweenRollouts(4), set()
+    for step in range(1, last + 1):
+        control = TrainerControl(should_save=step in asked)
+        callback.on_step_end(None, TrainerState(global_step=step, max_steps=last), control)
+        if control.should_save:
+            saved.add(step)
+    assert saved == expected
