@@ -58,7 +58,7 @@ SMALL = LlamaConfig(
 MARGIN = 1e-4
 
 
-class CheckedRow(NamedTuple):
+class Measured(NamedTuple):
     """A figure of gated decoding or training, next to what it is compared with."""
 
     what: str
@@ -200,7 +200,7 @@ def _wait_for(device: torch.device) -> None:
 # The parts
 
 
-def exactness(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
+def exactness(sizes: Sizes, device: torch.device) -> Iterator[Measured]:
     """Rows of tiny batches that come out as they must: accepting everything is the LM itself, and the fast paths give
     the tokens of a loop that runs the whole text for every proposal."""
     new_tokens = 8 if sizes is TINY else 24
@@ -216,7 +216,7 @@ def exactness(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
         plain = lm.generate(**batch, max_new_tokens=new_tokens, do_sample=False)
         gated = accepting.generate(**batch, max_new_tokens=new_tokens)
         equal = (pad_to(plain, width + new_tokens) == pad_to(gated, width + new_tokens)).all(-1)
-        yield CheckedRow(f"accepts all = generate, {name}", "rows", int(equal.sum()), len(equal))
+        yield Measured(f"accepts all = generate, {name}", "rows", int(equal.sum()), len(equal))
         if dtype != torch.float32:  # two exact ways differ by rounding
             continue
         model = with_gate(lm, seed=1, features=features, p_t=0.1)
@@ -226,7 +226,7 @@ def exactness(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
             tokens, margin = decode_by_hand(model, batch["input_ids"][row][mask.bool()].tolist(), new_tokens)
             clear += margin > MARGIN
             same += margin > MARGIN and tokens + [PAD] * (new_tokens - len(tokens)) == fast[row]
-        yield CheckedRow(f"fast = brute force, {name}", "rows", same, clear)
+        yield Measured(f"fast = brute force, {name}", "rows", same, clear)
 
 
 def pad_to(ids: torch.Tensor, width: int) -> torch.Tensor:
@@ -280,7 +280,7 @@ def decode_by_hand(model: ProxyModelForCausalLM, ids: list[int], new_tokens: int
     return response, margin
 
 
-def speed(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
+def speed(sizes: Sizes, device: torch.device) -> Iterator[Measured]:
     """Tokens per second of the gate's sampled decisions against the LM's own sampling, in turns."""
     for name, (config, four_bit) in sizes.lms.items():
         lm = build_lm(config, device, lm_dtype(device), four_bit)
@@ -296,7 +296,7 @@ def speed(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
                         spent[way].append(seconds)
             tokens = batch_size * sizes.new_tokens
             gated, plain = (tokens / statistics.median(spent[way]) for way in ("gated", "plain"))
-            yield CheckedRow(f"{name}, batch {batch_size}", "tokens/s", gated, plain)
+            yield Measured(f"{name}, batch {batch_size}", "tokens/s", gated, plain)
         del lm, model, runs
         _forget(device)
 
@@ -316,7 +316,7 @@ def _forget(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def waits(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
+def waits(sizes: Sizes, device: torch.device) -> Iterator[Measured]:
     """How often a token makes the host wait for the device, by torch's own warnings; null where torch has none."""
     lm = build_lm(SMALL, device, torch.float32)
     batch = ragged_batch(SMALL.vocab_size, [4] * 4, device)
@@ -327,7 +327,7 @@ def waits(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
         for way in few if device.type == "cuda" else ():
             few[way]()
             found[way] = (count_waits(many[way]) - count_waits(few[way])) / 16
-        yield CheckedRow(f"{features} features", "waits/token", found["gated"], found["plain"])
+        yield Measured(f"{features} features", "waits/token", found["gated"], found["plain"])
 
 
 def count_waits(run: Callable[[], Any]) -> int:
@@ -400,14 +400,14 @@ def train(sizes: Sizes, device: torch.device, way: str) -> dict[str, float]:
     }
 
 
-def training(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
+def training(sizes: Sizes, device: torch.device) -> Iterator[Measured]:
     """A training of the gate next to PPO with LoRA on the LM itself, by the same trainer's own settings."""
     proxy, ppo = (train(sizes, device, way) for way in ("proxy", "ppo"))
     for unit, value in proxy.items():
-        yield CheckedRow(f"training, {sizes.responses} x {sizes.response_tokens}", unit, value, ppo[unit])
+        yield Measured(f"training, {sizes.responses} x {sizes.response_tokens}", unit, value, ppo[unit])
 
 
-def vllm(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
+def vllm(sizes: Sizes, device: torch.device) -> Iterator[Measured]:
     """Tokens per second of vLLM's plain sampling with the first LM's shape; null where it is not installed."""
     name, (config, _) = next(iter(sizes.lms.items()))
     batch_size, found = sizes.batches[-1], None
@@ -426,13 +426,13 @@ def vllm(sizes: Sizes, device: torch.device) -> Iterator[CheckedRow]:
         engine.generate(prompts, sampling)
         seconds = seconds_of(lambda: engine.generate(prompts, sampling), device)
         found = batch_size * sizes.new_tokens / seconds
-    yield CheckedRow(f"vLLM without a gate, {name}, batch {batch_size}", "tokens/s", None, found)
+    yield Measured(f"vLLM without a gate, {name}, batch {batch_size}", "tokens/s", None, found)
 
 
 class Part(NamedTuple):
     """A part of the check, and the seconds that it may take."""
 
-    rows: Callable[[Sizes, torch.device], Iterator[CheckedRow]]
+    rows: Callable[[Sizes, torch.device], Iterator[Measured]]
     seconds: float
 
 
