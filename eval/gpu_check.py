@@ -358,7 +358,7 @@ def train(sizes: Sizes, device: torch.device, way: str) -> dict[str, float]:
     _forget(device)
     lm, minibatch = build_lm(sizes.trained, device, lm_dtype(device)), sizes.responses // 4
     words = {f"w{i}": i for i in range(sizes.trained.vocab_size)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w1"))  # nosec B106 - a word
+    backend = Tokenizer(models.WordLevel(words, unk_token="w1"))  # nosec B106
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=f"w{PAD}", eos_token=f"w{EOS}", padding_side="left"
