@@ -231,6 +231,9 @@ class Comparison:
                 expected |= self.score([x for of_rank in responses for x in of_rank], parts[0].weights)
                 if self.options["normalize_advantages"] and is_degenerate(responses):
                     return
+                if not self.lm_itself:
+                    tokens_per_episode = logs[step]["tokens_per_second"] / logs[step]["episodes_per_second"]
+                    close(tokens_per_episode, expected["completions/mean_length"], f"speeds at step {step}")
                 for rank, part in enumerate(parts):
                     self.check_rows(rank, part, [one[rank] for one in scored[-self.replay :]])
             actions = []

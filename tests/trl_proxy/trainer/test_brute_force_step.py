@@ -48,6 +48,14 @@ EXAMPLES = {
     "replay of parts": {**LOSS, **PASSES, "replay_rollouts": 2, "updates": 12, "offload_rollouts": True},
     "accumulation": {**LOSS, **PASSES, "gradient_accumulation_steps": 2, "updates": 4, "replay_rollouts": 2},
     "accumulation over passes": {**LOSS, **PASSES, "gradient_accumulation_steps": 4, "updates": 2},
+    "an update of two passes": {
+        **LOSS,
+        "steps_per_generation": 3,
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "updates": 3,
+    },
     "cut off": {
         "mask_truncated_completions": True,
         "missing_eos_penalty": 0.6,

@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.files import damaged_files
 from trl_proxy.trainer import proxy_ppo
-from trl_proxy.trainer.replay import concatenate, is_read_by_loss
 from trl_proxy.trainer.reward_guards import RewardError
 
 PROMPTS = [f"{a}{b} " for a in "abcdefgh" for b in "ijklmnop"]
@@ -94,22 +93,6 @@ def test_it_learns(train, features):
         assert all(math.isfinite(value) for value in logged(trainer, key))
 
 
-@pytest.mark.parametrize(("features", "pooled"), [("prefix", False), ("prefix", True), ("candidate", False)])
-def test_the_first_rollout_standardises_what_the_gate_reads(train, features, pooled, monkeypatch):
-    rollouts = []
-    collect = ProxyPPOTrainer._collect
-    monkeypatch.setattr(
-        ProxyPPOTrainer, "_collect", lambda self, output: rollouts.append(self._rollout) or collect(self, output)
-    )
-    model = train(features, pooled, max_steps=16, num_iterations=4).model
-    assert len(rollouts) == 2
-    parts = model.gate.normalise(model.rollout_features(rollouts[0]))[0]
-    assert len(parts) > 30
-    for network in (model.gate, model.critic):
-        torch.testing.assert_close(network.feature_mean, parts.mean(0), atol=1e-5, rtol=0)
-        torch.testing.assert_close(network.feature_std, parts.std(0, correction=0).clamp(min=1e-3), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("features", ["prefix", "candidate"])
 def test_a_rollout_is_judged_in_chunks(train, features, monkeypatch):
     """As many rows at a time as have about `_CHUNK` decisions; what the gate's input is standardised by, and what it
@@ -181,63 +164,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path, checkpoint,
     for name, value in whole.model.proxy.state_dict().items():
         assert torch.equal(value, resumed.model.proxy.state_dict()[name]), name
     assert logged(whole, "reward")[-2:] == logged(resumed, "reward")[-2:]
-
-
-def test_an_update_learns_from_the_last_rollouts(train):
-    """Minibatches hold rows of all of them, and the loss is the mean over their decisions."""
-    trainer = train(call=False, replay_rollouts=3)
-    trainer.model.train()
-    prompts = [{"prompt": prompt} for prompt in PROMPTS[:16] for _ in range(2)]
-    sizes = []
-    for _ in range(5):
-        trainer._step, trainer._buffered_inputs = 0, None
-        trainer._prepare_inputs(prompts)
-        sizes.append([len(batch["action_mask"]) for batch in trainer._buffered_inputs])
-    assert sizes == [[16, 16], [32, 32], [48, 48], [48, 48], [48, 48]]
-    torch.nn.init.normal_(trainer.model.gate.mlp[-1].weight, std=0.5)  # another policy than that of the rollouts
-    parts = trainer._replay.rollouts
-    counts = torch.tensor([float(part["action_mask"].sum()) for part in parts])
-    losses = torch.stack([trainer._compute_loss(trainer.model, part) for part in parts])
-    joined = {name: torch.cat([batch[name] for batch in trainer._buffered_inputs]) for name in parts[0]}
-    assert len({part["action_mask"].shape[1] for part in parts}) > 1, "no padding was needed"
-    assert losses.std() > 1e-4
-    torch.testing.assert_close(trainer._compute_loss(trainer.model, joined), (losses * counts).sum() / counts.sum())
-    assert train(max_steps=8, replay_rollouts=1)._replay.rollouts == []
-
-
-@pytest.mark.parametrize(("minibatches", "epochs", "accumulated"), [(3, 2, 2), (2, 2, 4), (4, 1, 2)])
-def test_the_loss_of_an_update_is_the_mean_over_its_decisions(train, minibatches, epochs, accumulated):
-    """However they are cut into micro-batches; most rewards are zero, so the loss of a decision varies."""
-    trainer = train(
-        call=False,
-        per_device_train_batch_size=2,
-        steps_per_generation=minibatches,
-        num_iterations=epochs,
-        gradient_accumulation_steps=accumulated,
-        max_steps=6,
-        max_grad_norm=0.0,  # the gradient as it is
-        replay_rollouts=2,
-        logging_steps=1,
-    )
-    compute_loss, parts, losses, sizes = trainer._compute_loss, [], [], []
-    trainer._compute_loss = lambda model, inputs: parts.append(inputs) or compute_loss(model, inputs)
-
-    class Compare(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            trained = [p for p in trainer.model.parameters() if p.requires_grad]
-            names = [name for name in parts[0] if is_read_by_loss(name)]
-            loss = compute_loss(trainer.model, {name: concatenate([part[name] for part in parts]) for name in names})
-            for p, expected in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                torch.testing.assert_close(p.grad, expected, atol=1e-6, rtol=1e-4)
-            losses.append(loss.item())
-            sizes.append([int(part["action_mask"].sum()) for part in parts])
-            parts.clear()
-
-    trainer.add_callback(Compare())
-    trainer.train()
-    assert logged(trainer, "loss") == pytest.approx(losses, abs=1e-6)
-    assert {len(of_update) for of_update in sizes} == {accumulated}
-    assert max(max(x) - min(x) for x in sizes) > 5, "all micro-batches are of one size"
 
 
 def test_checkpoints_wait_for_the_end_of_a_rollout(train, tmp_path):
@@ -508,20 +434,6 @@ def test_episodes_without_a_decision_break_nothing(train, tiny_lm, tiny_tokenize
     trainer.train()
     assert logged(trainer, "decisions_per_token") == [0.0]
     assert logged(trainer, "loss/policy") == [0.0] * 4
-
-
-def test_kl_penalty_pulls_towards_the_lm(train):
-    free = train(max_steps=120, lr_scheduler_type="constant", name="free", reward=upper_case)
-    held = train(max_steps=120, lr_scheduler_type="constant", name="held", reward=upper_case, beta=2.0)
-    assert logged(held, "kl")[-1] < logged(free, "kl")[-1] - 0.1
-    assert held.ref_model is None
-    assert held.args.beta == 2.0
-
-
-def test_the_price_of_unlikely_tokens_keeps_text_plausible(train):
-    free = train(max_steps=120, lr_scheduler_type="constant", name="free")
-    held = train(max_steps=120, lr_scheduler_type="constant", name="held", lm_logp_coef=1.0)
-    assert logged(held, "lm_logp_per_token")[-1] > logged(free, "lm_logp_per_token")[-1] + 0.1
 
 
 def test_evaluation_takes_greedy_decisions(train):
