@@ -151,18 +151,19 @@ def rejecting(with_random_gate, ragged_batch):
 
 
 @pytest.mark.parametrize("features", ["prefix", "candidate"])
-@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("place", ["cpu", "disk", "all on disk"])
 def test_an_lm_placed_by_a_device_map(lm_folder, rejecting, tmp_path, features, place):
     """Layers that are kept on disk come back for each forward, as those on another device would."""
     device_map = {"": "cpu"}
-    if place == "disk":
+    if place != "cpu":
+        others = "disk" if place == "all on disk" else "cpu"  # the embedding and the head, too
         device_map = {
-            "model.embed_tokens": "cpu",
+            "model.embed_tokens": others,
             "model.layers.0": "disk",
             "model.layers.1": "disk",
-            "model.norm": "cpu",
+            "model.norm": others,
             "model.rotary_emb": "cpu",
-            "lm_head": "cpu",
+            "lm_head": others,
         }
     lm = AutoModelForCausalLM.from_pretrained(lm_folder, device_map=device_map, offload_folder=tmp_path)
     layers = lm.model.layers[1].parameters()

@@ -140,9 +140,9 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
 
     def rollout_features(self, rollout: Rollout) -> torch.Tensor:
         """Features `(N, feature_size)` of a rollout's N decisions (the True entries of its mask, row by row)."""
-        rows, _ = rollout.mask.nonzero(as_tuple=True)
-        hidden = rollout.hidden.to(rows.device)[rows, rollout.hidden_index[rollout.mask]]
-        return self.gate_features(hidden, rollout.token_ids[rollout.mask], rollout.scalars[rollout.mask])
+        rows, places = rollout.mask.nonzero(as_tuple=True)  # once: it waits for the device
+        hidden = rollout.hidden.to(rows.device)[rows, rollout.hidden_index[rows, places]]
+        return self.gate_features(hidden, rollout.token_ids[rows, places], rollout.scalars[rows, places])
 
     # Forward and generate
 
