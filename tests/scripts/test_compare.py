@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from eval.trained import describe, read_proxy
-from trl_proxy import ProxyConfig, ProxyModelForCausalLM
+from trl_proxy import ProxyConfig, ProxyModelForCausalLM, files
 from trl_proxy.files import WriteError
 from trl_proxy.modeling.card import proxy_card
 
@@ -372,17 +372,28 @@ def test_recipes(compare, path):
 
 
 @pytest.mark.fault
-def test_a_full_disk_loses_nothing(run, folder, tmp_path):
+def test_a_full_disk_loses_nothing(run, folder, tmp_path, monkeypatch):
     """A record, a plot and the report; the same command writes what is missing."""
-    arguments = {"methods": ["sft"], "proxies": []}
-    for place in ("records/sft-seed0.json.tmp", "plots/reward_distributions.png", "samples.md.tmp", "report.md.tmp"):
-        full = tmp_path / place
-        full.parent.mkdir(exist_ok=True)
+    arguments, full, temporary_path = {"methods": ["sft"], "proxies": []}, tmp_path / "full", files.temporary_path
+
+    def no_room(path):
+        if not str(path).endswith(place):
+            return temporary_path(path)
         full.symlink_to("/dev/full")
+        return str(full)
+
+    monkeypatch.setattr(files, "temporary_path", no_room)
+    for place in ("records/sft-seed0.json", "plots/reward_distributions.png", "samples.md", "report.md"):
+        if place.endswith(".png"):  # drawn in its place
+            (tmp_path / "plots").mkdir(exist_ok=True)
+            (tmp_path / place).symlink_to("/dev/full")
         with pytest.raises(WriteError, match=r"could not be written \(No space left on device\): make room"):
             run(**arguments)
-        full.unlink()
+        if place.endswith(".png"):
+            (tmp_path / place).unlink()
+        assert not full.is_symlink()
         assert not (tmp_path / "report.md").exists()
+    place = "nothing more"
     assert list(run(**arguments)) == ["sft-seed0"]
     assert (tmp_path / "report.md").is_file()
 

@@ -261,7 +261,7 @@ def test_unknown_yaml_keys_are_named(script, tmp_path):
     [
         ({"p_t": 0}, "`p_t` must be in (0, 1], got 0.0"),
         ({"temperature": 0}, "`temperature` must be above 0"),
-        ({"max_candidates": 0}, "`max_candidates` must be an integer of at least 1"),
+        ({"max_candidates": 0}, "`max_candidates` must be at least 1, got 0"),
         ({"use_vllm": "true"}, "use_vllm"),
         ({"dataset_name": "/nowhere/prompts.jsonl"}, "/nowhere/prompts.jsonl"),
         ({"reward_funcs": "no_such_module.reward"}, "no_such_module"),
@@ -286,7 +286,7 @@ def test_a_mistake_ends_the_script_without_a_traceback(tiny_run, tmp_path):
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last == "train_proxy: `max_candidates` must be an integer of at least 1, got 0."
+    assert last == "train_proxy: `max_candidates` must be at least 1, got 0."
     assert "Traceback" not in result.stderr
 
 

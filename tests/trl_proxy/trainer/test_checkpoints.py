@@ -1,9 +1,11 @@
 """Checkpoints are written where a rollout's updates end, and at the end of training."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from trl_proxy.trainer.checkpoints import SaveBetweenRollouts
+from trl_proxy.trainer.checkpoints import BetweenRollouts
 
 
 @pytest.mark.parametrize(
@@ -19,10 +21,14 @@ from trl_proxy.trainer.checkpoints import SaveBetweenRollouts
     ],
 )
 def test_a_checkpoint_waits_for_the_end_of_its_rollout(asked, last, expected):
-    callback, saved = SaveBetweenRollouts(4), set()
+    """And an evaluation likewise, on the same step."""
+    trainer, done = SimpleNamespace(), {"should_save": set(), "should_evaluate": set()}
+    callback = BetweenRollouts(trainer)
     for step in range(1, last + 1):
-        control = TrainerControl(should_save=step in asked)
+        trainer.between_rollouts = step % 4 == 0
+        control = TrainerControl(**dict.fromkeys(done, step in asked))
         callback.on_step_end(None, TrainerState(global_step=step, max_steps=last), control)
-        if control.should_save:
-            saved.add(step)
-    assert saved == expected
+        for name, steps in done.items():
+            if getattr(control, name):
+                steps.add(step)
+    assert done == dict.fromkeys(done, expected)
