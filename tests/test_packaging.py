@@ -101,32 +101,33 @@ def test_the_changelog_has_this_version():
     assert f"## [{trl_proxy.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_wheel_works_without_the_checkout(built, python_of, bare_python, tmp_path):
-    """In an environment that sees this one's packages, but not the editable install: it trains the README's proxy, and
-    `python -m trl_proxy` answers."""
-    python = bare_python(tmp_path / "venv")
-    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=tmp_path)
-    (site,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    script = elsewhere / "example.py"
+@pytest.fixture(scope="module")
+def installed(built, bare_python, tmp_path_factory):
+    """The interpreter of an environment that sees this one's packages and the wheel, but not the editable install."""
+    folder = tmp_path_factory.mktemp("venv")
+    python = bare_python(folder / "venv")
+    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=folder)
+    return python
+
+
+def test_the_wheel_works_without_the_checkout(installed, tmp_path):
+    """With its prompts; `python -m trl_proxy` answers."""
+    (site,) = (installed.parents[1] / "lib").glob("*/site-packages")
+    script = tmp_path / "example.py"
     script.write_text(
-        f"{python_of('README.md')}\nimport runpy, trl_proxy\nfrom trl_proxy.loading import load_prompts\n"
+        "import runpy, trl_proxy\nfrom trl_proxy.loading import load_prompts\n"
         'print("at", trl_proxy.__file__)\nprint(len(load_prompts()), "prompts")\n'
         'runpy.run_module("trl_proxy", run_name="__main__")\n'
     )
-    printed = call(python, script, cwd=elsewhere).splitlines()
+    printed = call(installed, script, cwd=tmp_path).splitlines()
     assert f"at {site / 'trl_proxy' / '__init__.py'}" in printed
     assert f"trl-proxy {trl_proxy.__version__}" in printed
     assert any(line.endswith(" prompts") and int(line.split()[0]) > 100 for line in printed)
-    assert (elsewhere / "short-proxy" / "proxy_model.safetensors").is_file()
 
 
-def test_the_command_of_an_installed_wheel_trains_and_answers(built, bare_python, tiny_lm, tiny_tokenizer, tmp_path):
+def test_the_command_of_an_installed_wheel_trains_and_answers(installed, tiny_lm, tiny_tokenizer, tmp_path):
     """`trl-proxy train`, as a process and under `accelerate launch -m trl_proxy`, then `trl-proxy generate`."""
-    python = bare_python(tmp_path / "venv")
-    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1], cwd=tmp_path)
-    command = python.parent / "trl-proxy"
+    command = installed.parent / "trl-proxy"
     tiny_lm("llama").save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
     rows = [{"prompt": [{"role": "user", "content": f"{a}{b}"}]} for a in "abcd" for b in "wxyz"]
@@ -138,7 +139,17 @@ def test_the_command_of_an_installed_wheel_trains_and_answers(built, bare_python
     settings += ["--max_completion_length", "6", "--max_steps", "4", "--report_to", "none"]
     printed = call(command, "train", *settings, "--output_dir", "one", cwd=tmp_path)
     assert printed.splitlines()[-1] == "Saved to one."
-    launch = [python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "trl_proxy", "train"]
+    launch = [
+        installed,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "-m",
+        "trl_proxy",
+        "train",
+    ]
     call(*launch, *settings, "--output_dir", "two", cwd=tmp_path)
     one, two = (load_file(tmp_path / name / "proxy_model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())

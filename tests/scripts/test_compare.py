@@ -185,7 +185,7 @@ def test_a_trained_baseline_leaves_the_lm_as_it_was(run, folder, tmp_path):
     assert ppo["total_parameters"] == sft["total_parameters"] + ppo["trainable_parameters"]
 
 
-def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd):
+def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd, fork_server):
     shared = {
         "model_name_or_path": str(folder / "lm"),
         "dataset_name": str(folder / "prompts.jsonl"),
@@ -201,7 +201,7 @@ def test_recipes_are_trained_where_they_are_not_yet(run, folder, tmp_path, capfd
     for method, settings in (("proxy", {"num_generations": 2, "gate_hidden_sizes": [8]}), ("dpo", {"lora_r": 2})):
         (tmp_path / f"{method}.yaml").write_text(yaml.safe_dump(shared | settings))
         recipes.append(f"{method}={tmp_path / method}.yaml")
-    launch = shlex.join(["env", f"PYTHONPATH={ROOT}:{folder}", sys.executable])
+    launch = shlex.join(["env", f"PYTHONPATH={ROOT}:{folder}", fork_server.python])
     call = {"proxies": [], "recipes": recipes, "seeds": [4], "launch": launch, "methods": ["proxy"]}
     records = run(**call)
     assert set(records) == {"sft-seed0", "dpo-lora_r=2-seed4", "proxy-prefix_gate_hidden_sizes=_8_-seed4"}
