@@ -92,8 +92,9 @@ def test_what_it_prints_and_what_other_users_can_read(script, tiny_run, monkeypa
 def test_two_launches_at_once_do_not_share_a_port(launch_two, tmp_path):
     script = tmp_path / "meet.py"
     script.write_text(
-        "import os, time\nfrom accelerate import PartialState\nstate = PartialState(cpu=True)\nstate.wait_for_everyone()\n"
-        "time.sleep(5)\nos.write(1, f'rank {state.process_index} of {state.num_processes}\\n'.encode())\n"
+        "import os, time\nfrom accelerate import PartialState\nstate = PartialState(cpu=True)\n"
+        "state.wait_for_everyone()\ntime.sleep(5)\n"
+        "os.write(1, f'rank {state.process_index} of {state.num_processes}\\n'.encode())\n"
     )
     with ThreadPoolExecutor() as pool:
         for result in pool.map(launch_two, [script] * 2, [[]] * 2):
