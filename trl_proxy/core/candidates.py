@@ -64,7 +64,7 @@ def propose(
     token_ids, by_id = token_ids.sort(dim=-1)
     top, by_logit = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     token_ids = token_ids.gather(-1, by_logit)
-    token_ids[..., 0].masked_fill_(top[..., 0] == -torch.inf, 0)  # as `argmax` if all tokens are banned
+    token_ids[..., 0] = logits.argmax(dim=-1)  # the lowest id that ties, even if all tokens are banned
 
     if temperature != 1.0:
         logits, top = logits / temperature, top / temperature

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -37,6 +37,7 @@ SETTINGS = {
 }
 
 
+@example(logits=torch.zeros(1, 21), p_t=0.05, p_t_mode="absolute", max_candidates=2, temperature=1.0)  # one candidate
 @given(logits=logits_of(), **SETTINGS)
 @settings(max_examples=150)
 def test_ranked_equals_a_full_stable_sort(brute_force, logits, p_t, p_t_mode, max_candidates, temperature):
