@@ -64,7 +64,9 @@ class OnDevice(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, device: torch.device):
+    def __new__(cls, inner: torch.Tensor, device: torch.device | None = None, requires_grad: bool = False):
+        if device is None:  # accelerate makes parameters by the class of the old one
+            return torch.nn.Parameter(inner, requires_grad=requires_grad)
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
@@ -119,6 +121,10 @@ class Pretending(TorchDispatchMode):
     """
 
     current: "Pretending | None" = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import it
 
     def __init__(self):
         super().__init__()
@@ -181,7 +187,7 @@ def _run(func, args, kwargs):
     on_device = [x for x in tensors if isinstance(x, OnDevice)]
     target = _target(func.overloadpacket, args, kwargs, tensors, on_device)
     options = dict(kwargs)
-    if options.get("device") is not None:
+    if options.get("device") is not None and target.type == NAME:
         options["device"] = torch.device("cpu")
     options = {name: False if name in ("pin_memory", "non_blocking") else x for name, x in options.items()}
     with torch._C._DisableTorchDispatch():
@@ -216,7 +222,7 @@ def _target(packet, args, kwargs, tensors, on_device) -> torch.device | None:
         for index in args[1]:
             if not isinstance(index, torch.Tensor):
                 continue
-            if index.device != args[0].device and (isinstance(index, OnDevice) or index.dim()):
+            if index.device not in (args[0].device, torch.device("cpu")):
                 _refuse("indices", args[0].device, index.device)
             if index.dtype in (torch.bool, torch.uint8):
                 _count("boolean index")

@@ -1,0 +1,59 @@
+"""Accelerators without one: what runs on pretended devices equals what runs on the CPU, and seldom waits for them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("on_pretended_devices.py")
+
+
+@pytest.fixture
+def found(fork_server, tiny_lm, tiny_tokenizer, tmp_path):
+    """`found(what)`: what `on_pretended_devices.py` found."""
+
+    def run(what: str) -> dict:
+        tiny_lm("llama", tie=False).save_pretrained(tmp_path / "lm")
+        tiny_tokenizer.save_pretrained(tmp_path / "lm")
+        log = tmp_path / "log"
+        script = fork_server([SCRIPT, tmp_path / "lm", tmp_path / "found.json", what], tmp_path, log)
+        assert script.wait() == 0, log.read_text()[-5000:]
+        return json.loads((tmp_path / "found.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["layers", "candidate, pooled"])
+def test_every_place_decodes_as_the_cpu(found, kind):
+    """LMs on one device, on two, with offloaded parts, and split without accelerate."""
+    of_place = found(kind)
+    on_cpu = of_place.pop("cpu")
+    assert sum(on_cpu["rejections"]) > 0
+    assert len(of_place) == 5
+    for place, here in of_place.items():
+        assert here == {name: on_cpu[name] for name in here}, place
+
+
+def test_the_trainer_leaves_the_lm_where_it_is_and_learns_the_same(found):
+    """Rollouts, replay, offloaded rollouts and updates, with the LM on two devices."""
+    of_place = found("trained")
+    wanted, here = of_place["cpu"], of_place["head on the other"]
+    assert here["devices"] == ["pretended:0", "pretended:1"]
+    for x, y in zip(here["proxy"], wanted["proxy"], strict=True):
+        torch.testing.assert_close(torch.tensor(x), torch.tensor(y), atol=1e-4, rtol=1e-3)
+    # The model asks once for each minibatch, and for each rollout that is judged, which decisions are real.
+    in_model = {line: n for line, n in here["waits"].items() if line.startswith("trl_proxy/modeling/causal_lm")}
+    assert list(in_model.values()) == [6], in_model
+
+
+def test_decoding_seldom_waits_for_the_device(found):
+    """Per token: prefix features as transformers' own `generate`; candidate features once per forward, and once more
+    where all rows go in step."""
+    waits = found("waits")
+    assert waits["transformers"]["all"] >= 1  # they are counted
+    assert waits["pooled"]["by_line"] == {}
+    assert waits["pooled"]["all"] <= waits["transformers"]["all"] + 1
+    candidate = waits["candidate, pooled"]
+    assert candidate["forwards"] > 1  # some candidates are rejected
+    assert candidate["ours"] <= candidate["forwards"] + 1, candidate["by_line"]
