@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # a minute
 SCRIPT = Path(__file__).with_name("on_pretended_devices.py")
 
 
