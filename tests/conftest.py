@@ -55,12 +55,6 @@ settings.register_profile("explore", derandomize=False, deadline=None, max_examp
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
-def pytest_collection_finish(session):
-    # Every training collects garbage, and takes most of a second to look at all that was imported.
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_collection_modifyitems(config, items):
     """Skips tests for a GPU without one, and the slow ones unless they are asked for."""
     for item in items:
