@@ -1,8 +1,9 @@
 """Decodes and trains on pretended devices, and writes what it found as JSON:
 
-    python tests/on_pretended_devices.py <folder of an LM> <output file> <waits, trained, or a kind>
+    python tests/on_pretended_devices.py <folder of an LM> <output file> <waits, trained or decoded> [<kind> [<dtype>]]
 
-In a process of its own, since the pretended devices are there for the whole process.
+In a process of its own, since the pretended devices are there for the whole process. Attention is "eager": torch has a
+fused kernel for the CPU alone, which rounds differently.
 """
 
 import json
@@ -53,16 +54,20 @@ def gated(lm, kind: str) -> ProxyModelForCausalLM:
     return model
 
 
+def loaded(folder: str, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
 def placed(folder: str, place: str, dtype=torch.float32):
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    lm = loaded(folder, dtype)
     if place == "one device":
         return pretended.move(lm, ONE)
     return dispatch_model(lm, dict(zip(PARTS, PLACES[place], strict=True)), main_device=ONE)
 
 
-def split_by_hand(folder: str):
+def split_by_hand(folder: str, dtype):
     """As a script without accelerate does it: what a part reads is moved to it, and nothing is moved back."""
-    lm = AutoModelForCausalLM.from_pretrained(folder)
+    lm = loaded(folder, dtype)
     for name, device in zip(PARTS, PLACES["head on the other"], strict=True):
         part = pretended.move(lm.get_submodule(name), device)
 
@@ -146,7 +151,7 @@ def waits(folder: str) -> dict:
 
 
 def trained(folder: str, place: str | None, output_dir: str, kind: str, **options) -> dict:
-    """The proxy after two rollouts, and how often each line of the project waited."""
+    """The proxy after two rollouts, and how often the losses of the updates waited, by line."""
     set_seed(0)
     args = ProxyPPOConfig(
         output_dir=output_dir,
@@ -180,42 +185,53 @@ def trained(folder: str, place: str | None, output_dir: str, kind: str, **option
         )
 
     if place is None:
-        trainer = make(AutoModelForCausalLM.from_pretrained(folder))
+        trainer = make(loaded(folder))
         trainer.train()
         return {"proxy": [x.tolist() for x in trainer.model.proxy.state_dict().values()]}
-    on_cpu = PartialState._shared_state["device"]
+    on_cpu, in_updates = PartialState._shared_state["device"], Counter()
     with pretended.Pretending() as counting:
         try:
             if place == "one device":
-                trainer = make(AutoModelForCausalLM.from_pretrained(folder))
+                trainer = make(loaded(folder))
                 pretended.move(trainer.model, ONE)
             else:
                 trainer = make(placed(folder, place))
             PartialState._shared_state["device"] = torch.device(ONE)
             trainer.accelerator.state._shared_state["device"] = torch.device(ONE)
             trainer.args.__dict__["_setup_devices"] = torch.device(ONE)
+            compute_loss = trainer._compute_loss
+
+            def counted(*args):
+                before = counting.waits.copy()
+                loss = compute_loss(*args)
+                in_updates.update(counting.waits - before)
+                return loss
+
+            trainer._compute_loss = counted
             trainer.train()
         finally:
             PartialState._shared_state["device"] = on_cpu
         proxy = [pretended.to_cpu(x).tolist() for x in trainer.model.proxy.state_dict().values()]
         devices = sorted({str(x.device) for x in trainer.model.lm.parameters()})
-    lines = {f"{line} {what}": n for (what, line), n in counting.waits.items() if line.startswith("trl_proxy")}
-    return {"proxy": proxy, "waits": lines, "devices": devices}
+    return {"proxy": proxy, "waits": {" ".join(key): n for key, n in in_updates.items()}, "devices": devices}
 
 
-def main(folder: str, output: str, what: str) -> None:
+def main(folder: str, output: str, what: str, kind: str = "pooled", dtype: str = "float32") -> None:
     if what == "waits":
         found = waits(folder)
     elif what == "trained":
         options = {"beta": 0.1, "lm_logp_coef": 0.1, "reward_shaping_tokens": 2, "offload_rollouts": True}
         run = str(Path(output).parent / "run")
-        found = {place or "cpu": trained(folder, place, run, "pooled", **options) for place in (None, BY_MAP)}
+        found = {
+            place or "cpu": trained(folder, place, run, kind, **options) for place in (None, "one device", BY_MAP)
+        }
     else:
-        found = {"cpu": decoded(gated(AutoModelForCausalLM.from_pretrained(folder), what), prompts(None))}
+        as_dtype = getattr(torch, dtype)
+        found = {"cpu": decoded(gated(loaded(folder, as_dtype), kind), prompts(None))}
         for place in (*PLACES, BY_HAND):
             with pretended.Pretending():
-                lm = split_by_hand(folder) if place == BY_HAND else placed(folder, place)
-                found[place] = decoded(gated(lm, what), prompts(ONE), whole=place == "one device")
+                lm = split_by_hand(folder, as_dtype) if place == BY_HAND else placed(folder, place, as_dtype)
+                found[place] = decoded(gated(lm, kind), prompts(ONE), whole=place == "one device")
     Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -138,11 +138,22 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
             return hidden
         return prefix_features(hidden, input_embeddings(self.lm)(token_ids), scalars)
 
-    def rollout_features(self, rollout: Rollout) -> torch.Tensor:
-        """Features `(N, feature_size)` of a rollout's N decisions (the True entries of its mask, row by row)."""
-        rows, places = rollout.mask.nonzero(as_tuple=True)  # once: it waits for the device
-        hidden = rollout.hidden.to(rows.device)[rows, rollout.hidden_index[rows, places]]
-        return self.gate_features(hidden, rollout.token_ids[rows, places], rollout.scalars[rows, places])
+    def rollout_features(self, rollout: Rollout, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Features of decisions of a rollout.
+
+        Args:
+            places: `(N,)` int64, which entries of the rollout's flattened `(B, D)` tensors; by default its decisions,
+                the True entries of its mask, which a device has to count first.
+
+        Returns:
+            `(N, feature_size)` float32.
+        """
+        if places is None:
+            places = rollout.mask.flatten().nonzero()[:, 0]
+        rows = places // rollout.mask.shape[1]
+        hidden = rollout.hidden.to(rows.device)[rows, rollout.hidden_index.flatten()[places]]
+        token_ids, scalars = rollout.token_ids.flatten()[places], rollout.scalars.flatten(0, 1)[places]
+        return self.gate_features(hidden, token_ids, scalars)
 
     # Forward and generate
 

@@ -15,6 +15,7 @@ from trl import BEMACallback
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..core.config import WEIGHTS_NAME, proxy_file
+from ..core.features import places_of
 from ..core.rollout import Decisions, Rollout
 from ..devices import exact_dtype
 from ..modeling.card import CITATION, proxy_card
@@ -172,17 +173,15 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         with torch.no_grad():
             if self.model.training and model.gate.is_new:
                 self._standardise(model, chunks)
-            judged = [model(gate_features=model.rollout_features(chunk)) for chunk in chunks]
-        logits = torch.cat([x.accept_logits for x in judged]) - model.proxy_config.threshold
-        log_probs, _ = _bernoulli(logits, rollout.accept[rollout.mask])
+            judged = [_judged(model, model, chunk) for chunk in chunks]
+        per_decision, _, values = (torch.cat(x) for x in zip(*judged))
         # (7) Sign of the KL: KL(gated LM || LM) is the mean of log pi(token) - log p(token) over the gate's own paths.
-        per_decision = _unflatten(log_probs, rollout.mask)
         self._add_ratios({"kl": (per_decision.sum(-1) - rollout.token_log_probs, self._response_tokens)})
         batch = {
             "action_mask": rollout.mask,
             "action_positions": rollout.positions,
             "action_log_probs": per_decision,
-            "state_values": _unflatten(torch.cat([x.state_values for x in judged]), rollout.mask),
+            "state_values": values,
             **{f"rollout_{name}": value for name, value in rollout._asdict().items()},
         }
         beta, coef = self.args.beta, self.args.lm_logp_coef
@@ -235,14 +234,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def _evaluate_actions(self, model, inputs):
         rollout = Rollout(*(inputs[f"rollout_{name}"] for name in Rollout._fields))
-        proxy_model = self.accelerator.unwrap_model(self.model_wrapped)
-        with torch.no_grad():
-            features = proxy_model.rollout_features(rollout)
-        # (1) (2) Forced candidates and padding are not in `features`: they have no log-probability and no value.
-        output = model(gate_features=features)
-        logits = output.accept_logits - proxy_model.proxy_config.threshold
-        log_probs, entropies = _bernoulli(logits, rollout.accept[rollout.mask])
-        return tuple(_unflatten(x, rollout.mask) for x in (log_probs, entropies, output.state_values))
+        return _judged(model, self.accelerator.unwrap_model(self.model_wrapped), rollout)
 
     # Checkpoints hold only the proxy
 
@@ -314,6 +306,20 @@ def _bernoulli(logits: torch.Tensor, accept: torch.Tensor) -> tuple[torch.Tensor
     return log_prob, entropy
 
 
-def _unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Puts `(N,)` values at the True entries of `mask` `(B, D)`; the rest is zero."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def _judged(model, proxy_model: ProxyModelForCausalLM, rollout: Rollout) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities and entropies of a rollout's decisions, and state values, `(B, D)` each.
+
+    Args:
+        model: the `proxy_model`, or what accelerate has wrapped it in.
+    """
+    mask = rollout.mask
+    places = places_of(mask.flatten())
+    with torch.no_grad():
+        features = proxy_model.rollout_features(rollout, places)
+    output = model(gate_features=features)
+    logits = output.accept_logits - proxy_model.proxy_config.threshold
+    log_probs, entropies = _bernoulli(logits, rollout.accept.flatten()[places])
+    # (1) (2) Forced candidates and padding are no decisions: they have no log-probability and no value.
+    zeros = logits.new_zeros(mask.numel())
+    judged = (zeros.index_copy(0, places, x).view_as(mask) for x in (log_probs, entropies, output.state_values))
+    return tuple(torch.where(mask, x, 0.0) for x in judged)

@@ -37,7 +37,7 @@ class _LogitsWatch:
         self.hook.remove()
 
     def noticed(self) -> bool:
-        return not all(largest < torch.inf for largest in self.largest)
+        return bool(self.largest) and not (torch.stack(self.largest) < torch.inf).all()
 
 
 class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):

@@ -104,7 +104,7 @@ def test_a_rollout_is_judged_in_chunks(train, features, monkeypatch):
     monkeypatch.setattr(
         ProxyModelForCausalLM,
         "rollout_features",
-        lambda self, rollout: chunks.append(len(rollout.mask)) or rollout_features(self, rollout),
+        lambda self, rollout, *places: chunks.append(len(rollout.mask)) or rollout_features(self, rollout, *places),
     )
     in_chunks = train(features, True, name="chunks", max_steps=16).model.proxy.state_dict()
     assert min(chunks) < 8
