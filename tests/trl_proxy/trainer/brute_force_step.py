@@ -217,7 +217,7 @@ def rollout_metrics(rollout: list[Response]) -> dict[str, float]:
         "completions/mean_length": tokens / len(rollout),
         "completions/clipped_ratio": sum(not response.ended for response in rollout) / len(rollout),
     }
-    if variance(targets) > 1e-6:  # else it is the quotient of two rounding errors
+    if variance(targets) > 1e-6 + 0.01 * variance(errors):  # else rounding decides about the quotient
         metrics["explained_variance"] = 1 - variance(errors) / variance(targets)
     if "token_log_prob" not in rollout[0].counts:  # the LM's tokens are the actions
         log_ratios = [action.log_prob - action.lm_log_prob for action in actions]
