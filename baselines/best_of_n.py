@@ -19,6 +19,7 @@ from baselines.policy import (
     in_order,
 )
 from baselines.sft import GreedyPolicy
+from trl_proxy.decoding.hidden_states import execution_device
 from trl_proxy.decoding.prefix_cache import prefill
 from trl_proxy.decoding.settings import TRUNCATIONS
 from trl_proxy.rewards.caller import as_caller
@@ -87,7 +88,7 @@ class BestOfNPolicy(GreedyPolicy):
     def sample(self, prompts: Prompts, /, **columns) -> Samples:
         """Draws and scores `n` samples; `columns` are handed to the reward."""
         start = time.perf_counter()
-        batches = list(self.decoding.batches(prompts, batch_size=self.batch_size, device=self.model.device))
+        batches = list(self.decoding.batches(prompts, batch_size=self.batch_size, device=execution_device(self.model)))
         # The LM's whole distribution but for `top_p`: `generate` would keep 50 tokens, or what the LM's files say.
         method = dict.fromkeys(TRUNCATIONS) | {"top_k": 0, "top_p": self.top_p, "temperature": self.temperature}
         method |= {"do_sample": True, "logits_to_keep": LAST_POSITION}

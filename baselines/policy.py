@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from tqdm.auto import tqdm
 
+from trl_proxy.decoding.hidden_states import execution_device
 from trl_proxy.decoding.settings import DecodingSettings
 
 # For `logits_to_keep`: the last position by its index. For the slice that `generate` takes by itself, torch on a CPU
@@ -88,7 +89,7 @@ def generate_batches(
     Yields:
         the prompts' indices, their responses' token ids (cut after their end), and what `generate` returned.
     """
-    batches = list(decoding.batches(prompts, batch_size=batch_size, device=model.device))
+    batches = list(decoding.batches(prompts, batch_size=batch_size, device=execution_device(model)))
     for indices, inputs in tqdm(batches, desc=desc, unit="batch", leave=False):
         token_ids, _, output = decoding.generate(model, inputs, **method)
         yield indices, token_ids, output

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config
 
 from baselines.sft import GreedyPolicy
-from trl_proxy.decoding.hidden_states import HiddenStateHook
+from trl_proxy.decoding.hidden_states import HiddenStateHook, execution_device
 from trl_proxy.runs import train
 from trl_proxy.runs.arguments import RunArguments, load_datasets, load_policy, load_rewards
 from trl_proxy.runs.fit import fit, prepare_run
@@ -102,7 +102,10 @@ class WithoutAdapter:
     """The LM under an adapter: called like the LM, as if the adapter were not there."""
 
     def __init__(self, model: PeftModel, lm):
-        self.model, self.config, self.device = model, lm.config, lm.device
+        self.model, self.config, self.lm = model, lm.config, lm
+
+    def get_base_model(self):
+        return self.lm
 
     def __call__(self, **inputs):
         with self.model.disable_adapter():
@@ -128,7 +131,7 @@ def load_trained(folder: str | os.PathLike, lm, tokenizer, **kwargs) -> TunedPol
         if architectures != lm.config.architectures:
             raise ValueError(f"{folder} holds a {architectures}, not a {lm.config.architectures}.")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype)
-        model.to(lm.device)
+        model.to(execution_device(lm))
     else:
         raise ValueError(f"{folder} holds no trained model: neither adapter_config.json nor config.json is there.")
     return TunedPolicy(model.eval(), lm, tokenizer, **kwargs)

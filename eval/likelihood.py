@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from trl_proxy.decoding.hidden_states import execution_device
 from trl_proxy.modeling.causal_lm import ProxyModelForCausalLM
 from trl_proxy.prompts import length_buckets
 
@@ -71,13 +72,13 @@ def likelihood(
     sums, divergence = [0.0] * len(prompt_ids), 0.0
     models = [lm] if policy_lm is None or policy_lm is lm else [lm, policy_lm]
     is_gate_on_lm = isinstance(policy_lm, ProxyModelForCausalLM) and policy_lm.get_base_model() is lm
-    for indices, inputs, is_response in _teacher_forced(prompt_ids, response_ids, batch_size, lm.device):
+    for indices, inputs, is_response in _teacher_forced(prompt_ids, response_ids, batch_size, execution_device(lm)):
         if is_gate_on_lm:  # one forward of the LM tells both
             both = ("lm_logits", "logits")
             logprobs = _response_logprobs(policy_lm, inputs, is_response, both, output_lm_logits=True)
         else:
             logprobs = [_response_logprobs(model, inputs, is_response)[0] for model in models]
-        token_logprobs = torch.zeros(is_response.shape, device=lm.device)
+        token_logprobs = torch.zeros(is_response.shape, device=is_response.device)
         token_logprobs[is_response] = logprobs[0].gather(-1, inputs["input_ids"][is_response][:, None])[:, 0]
         for i, total in zip(indices, token_logprobs.sum(-1).tolist(), strict=True):
             sums[i] = total
@@ -107,7 +108,7 @@ def next_token_logprobs(lm, prompt_ids: list[list[int]], token_ids: list[int], *
     logprobs = torch.zeros(len(prompt_ids), len(token_ids))
     # The token that is joined to a prompt only marks the position that predicts it.
     one_token = [token_ids[:1]] * len(prompt_ids)
-    for indices, inputs, is_response in _teacher_forced(prompt_ids, one_token, batch_size, lm.device):
+    for indices, inputs, is_response in _teacher_forced(prompt_ids, one_token, batch_size, execution_device(lm)):
         (after,) = _response_logprobs(lm, inputs, is_response)  # (rows, vocab)
         logprobs[indices] = after[:, token_ids].cpu()
     return logprobs

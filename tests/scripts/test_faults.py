@@ -151,7 +151,7 @@ def test_a_comparison_that_is_interrupted_at_any_moment(fork_server, tiny_run, w
     assert fork_server([*argv, "out"], tmp_path, log).wait() == 0, log.read_text()
     assert_same_records(tmp_path / "whole", tmp_path / "out")
     assert "Traceback" not in log.read_text()
-    with FileLock(tmp_path / "out" / ".lock"):
+    with FileLock(tmp_path / "out" / "_lock"):
         assert fork_server([*argv, "out"], tmp_path, log).wait() == 1
     assert "compare: Another process is at work in out: let it end" in log.read_text()
 

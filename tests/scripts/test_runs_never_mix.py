@@ -138,7 +138,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "_lock"}
 
 
 def same_weights(folder: Path, other: Path) -> bool:
@@ -231,7 +231,7 @@ def test_baselines_never_mix(train, tmp_path, method):
         read_baseline(str(out))
     (out / "adapter_model.safetensors").write_bytes(b"old")
     train(method, kill={"step": 1}, overwrite_output_dir="true", **OTHER_SEED)
-    left = {path.name for path in out.iterdir()} - {".lock"}
+    left = {path.name for path in out.iterdir()} - {"_lock"}
     assert left == {"run.json", "log.jsonl", *(["pairs.json"] if method == "dpo" else [])}
     assert json.loads((out / "run.json").read_text())["seed"] == 1
 
@@ -256,7 +256,7 @@ def test_a_proxy_that_is_not_finished(folder):
 @pytest.mark.fault
 def test_a_running_folder(train, folder, tmp_path):
     out = folder("killed")
-    with FileLock(out / ".lock"):
+    with FileLock(out / "_lock"):
         for flags in ({}, MORE, {"overwrite_output_dir": "true"}, {"resume_from_checkpoint": "out/checkpoint-4"}):
             with pytest.raises(ValueError, match="Another process is at work in out"):
                 train(**flags)
@@ -503,7 +503,7 @@ def test_the_best_model_has_a_checkpoint(train, tmp_path, flags, monkeypatch):
     train(kill={"end": True}, **BEST, **flags)
     (tmp_path / "elsewhere").mkdir()
     moved = (tmp_path / "out").rename(tmp_path / "elsewhere" / "moved")
-    (moved / ".lock").unlink()  # held by this process
+    (moved / "_lock").unlink()  # held by this process
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.syspath_prepend(tmp_path)
     for _ in range(2):

@@ -204,11 +204,11 @@ def test_another_runs_folder_is_refused(script, tiny_run, monkeypatch, tmp_path)
 def test_a_folder_is_one_runs(script, tiny_run, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     with (
-        FileLock(tmp_path / "out" / ".lock"),
+        FileLock(tmp_path / "out" / "_lock"),
         pytest.raises(ValueError, match=r"Another process is at work in .*out: let it end, or choose another"),
     ):
         run(script, tiny_run(), monkeypatch, tmp_path)
-    assert os.listdir(tmp_path / "out") in ([], [".lock"])
+    assert os.listdir(tmp_path / "out") in ([], ["_lock"])
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"The folder .*file/out cannot be written \(Not a directory\)"):
         run(script, tiny_run(output_dir=tmp_path / "file" / "out"), monkeypatch, tmp_path)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from trl import is_conversational
 
 from ..prompts import check_chat_template, check_room, length_buckets, positions_of
+from .hidden_states import execution_device
 
 logger = logging.get_logger(__name__)
 
@@ -221,8 +222,8 @@ class DecodingSettings:
         try:
             self.stop_recorder()
             config = self.generation_config()
-            lm._prepare_special_tokens(config, True, device=lm.device)
-            lm._get_logits_processor(config, 1, device=lm.device)
+            lm._prepare_special_tokens(config, True, device=execution_device(lm))
+            lm._get_logits_processor(config, 1, device=execution_device(lm))
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"The decoding options {self.options} are not valid ({reason}): correct them.") from error

@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import HfArgumentParser, TextStreamer, set_seed
 
 from ..core.config import ProxyConfig
+from ..decoding.hidden_states import execution_device
 from ..decoding.settings import DecodingSettings
 from ..decoding.trace import trace, trace_texts
 from ..devices import best_device
@@ -161,7 +162,7 @@ def ask(args: argparse.Namespace) -> None:
     lm, tokenizer = load_policy(model_args, args, device)
     lm = to_device(lm, device)
     decoding = DecodingSettings.of(lm, tokenizer, max_new_tokens=args.max_new_tokens, **options)
-    inputs = decoding.pad(decoding.encode([[{"role": "user", "content": args.prompt}]]), lm.device)
+    inputs = decoding.pad(decoding.encode([[{"role": "user", "content": args.prompt}]]), execution_device(lm))
     console = Console(highlight=False)
     streamer = None if args.trace else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if not args.proxy:

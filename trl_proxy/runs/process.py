@@ -27,7 +27,7 @@ from ..devices import is_main_process
 from ..files import remove_leftovers
 from ..ranks import fail, unwatch
 
-LOCK_FILE = ".lock"
+LOCK_FILE = "_lock"  # transformers uploads no file with such a name
 
 
 def installed_version(package: str) -> str | None:
