@@ -64,6 +64,7 @@ class JudgeArguments:
         metadata={"help": "A text with $prompt, $response_a, $response_b; by default eval/judges/judge_prompt.txt."},
     )
     batch_size: int = field(default=8, metadata={"help": "transformers: questions per forward."})
+    use_cpu: bool = field(default=False, metadata={"help": "transformers: on the CPU, whatever this machine has."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "transformers: run the LM's own code of the hub."}
     )
@@ -169,7 +170,7 @@ def text_judge(judge: PairwiseJudge, settings: dict, prices: tuple[float, float]
 
 def local_judge(args: JudgeArguments, model_args: ModelConfig, template: Template) -> Judging:
     """The causal LM that the model arguments name."""
-    device = best_device()
+    device = best_device(args.use_cpu)
     lm, tokenizer = load_policy(model_args, args, device)
     lm = to_device(lm, device)
     name = f"transformers {model_args.model_name_or_path or EMBEDDED}"

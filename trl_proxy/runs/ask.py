@@ -19,7 +19,7 @@ from ..devices import best_device
 from ..loading import EMBEDDED
 from ..modeling.causal_lm import ProxyModelForCausalLM
 from .arguments import DecodingArguments, FrozenModelConfig, load_policy, to_device
-from .parsing import NEGATIVE_NUMBER, OptionsFormatter
+from .parsing import OneSentenceMixin, OptionsFormatter
 
 _BOOLEANS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")  # as transformers' parser reads them
 # The LM's options that the help lists; it takes every one of the other scripts.
@@ -42,16 +42,8 @@ class AskedModelConfig(FrozenModelConfig):
     )
 
 
-class _QuestionParser(HfArgumentParser):
-    """Also takes a question right after a flag, as in `--load_in_4bit "How are you?"`. A mistake is a `ValueError` of
-    one sentence."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._negative_number_matcher = NEGATIVE_NUMBER
-
-    def error(self, message):
-        raise ValueError(f"{message.rstrip('.')}.")
+class _QuestionParser(OneSentenceMixin, HfArgumentParser):
+    """Also takes a question right after a flag, as in `--load_in_4bit "How are you?"`."""
 
     def parse_known_args(self, args=None, namespace=None):
         words, given = [], list(sys.argv[1:] if args is None else args)

@@ -32,7 +32,6 @@ COMMON = (
     *("eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"),
     *("logging_steps", "log_completions", "report_to", "save_steps", "save_total_limit", "push_to_hub"),
 )
-NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse takes -1e-5 for an option
 _FOREIGN = ("trl", "transformers", "builtins")
 
 
@@ -78,9 +77,19 @@ def _or_none(convert: Callable) -> Callable:
 _BUILDING = threading.Lock()  # TRL's parser changes the types of the dataclasses' own fields and sets them again
 
 
-class RecipeParser(TrlParser):
-    """[`~trl.TrlParser`] that reads a value of a recipe as it reads the same words on the command line. A mistake in
-    either is a `ValueError` of one sentence."""
+class OneSentenceMixin:
+    """For an argument parser: a mistake is a `ValueError` of one sentence, and -1e-5 is a number, which argparse takes for an option."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+    def error(self, message):
+        raise ValueError(f"{message.rstrip('.')}.")
+
+
+class RecipeParser(OneSentenceMixin, TrlParser):
+    """[`~trl.TrlParser`] that reads a value of a recipe as it reads the same words on the command line."""
 
     def __init__(self, dataclass_types=None, **kwargs):
         with _BUILDING:
@@ -99,10 +108,6 @@ class RecipeParser(TrlParser):
                 action.type = _whole_number(action.type)
             elif kind == "string_to_bool" and type(None) in self._kinds[name]:
                 action.type = _or_none(action.type)
-        self._negative_number_matcher = NEGATIVE_NUMBER
-
-    def error(self, message):
-        raise ValueError(f"{message.rstrip('.')}.")
 
     def coerce(self, name: str, value: Any, where: str) -> Any:
         """The value of an option, from YAML or JSON, as the command line gives it.
