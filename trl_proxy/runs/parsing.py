@@ -78,7 +78,8 @@ _BUILDING = threading.Lock()  # TRL's parser changes the types of the dataclasse
 
 
 class OneSentenceMixin:
-    """For an argument parser: a mistake is a `ValueError` of one sentence, and -1e-5 is a number, which argparse takes for an option."""
+    """For an argument parser: a mistake is a `ValueError` of one sentence, and -1e-5 is a number, which argparse takes
+    for an option."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -215,3 +215,15 @@ def test_scalars_of_sampled_proposals_measure_the_gap_to_the_most_probable():
     candidates = Candidates(torch.tensor([[3, 4]]), torch.tensor([[-2.0, -0.5]]), torch.ones(1, 2, dtype=torch.bool))
     scalars = candidate_scalars(candidates, torch.tensor([1]))
     torch.testing.assert_close(scalars[0, :, 1], torch.tensor([1.5 / 4, 0.0]))
+
+
+@pytest.mark.parametrize("p_t_mode", ["relative", "absolute"])
+def test_more_dimensions_are_more_rows(p_t_mode):
+    """With many ties, also at the last place, where the lowest ids are taken."""
+    logits = torch.randint(3, (2, 3, 40), generator=torch.Generator().manual_seed(0)).float()
+    found = propose(logits, 1e-4, p_t_mode, 5)
+    flat = propose(logits.flatten(0, 1), 1e-4, p_t_mode, 5)
+    for x, y in zip(found, flat, strict=True):
+        assert torch.equal(x, y.view_as(x))
+    assert (found.token_ids.diff(dim=-1) > 0).all()
+    assert found.mask.all()
