@@ -33,6 +33,12 @@ def mean_over_seeds(group: list[dict], *keys: str) -> float | None:
     return None if None in values else float(np.mean(values))
 
 
+def label_rate(record: dict, letter: str, kind: str | None = None) -> float | None:
+    """Share of a record's responses, of those that blind readers read, with this label; None if nobody read any."""
+    counts = (record["reader_labels"] or {}).get(kind or "all")
+    return counts[letter] / sum(counts.values()) if counts and sum(counts.values()) else None
+
+
 class Comparison:
     """The records of one comparison.
 
@@ -73,6 +79,11 @@ class Comparison:
         return Comparison([record for record in self.records if keep(record)])
 
     @property
+    def is_read(self) -> bool:
+        """Whether blind readers read any of the records."""
+        return any(record["reader_labels"] for record in self.records)
+
+    @property
     def others(self) -> dict[str, list[dict]]:
         """The groups that are measured against SFT."""
         return {name: group for name, group in self.groups.items() if group[0]["method"] != "sft"}
@@ -105,6 +116,21 @@ class Comparison:
             return group[0]["win_rate_vs_sft"], group[0]["win_rate_ci95"]
         scores = np.stack([win_scores(record["rewards"], self.sft["rewards"]) for record in group])
         return float(scores.mean()), seeds_rate_ci(scores)
+
+    def reader_win_rate(self, group: list[dict]) -> tuple[float, Interval | None] | None:
+        """Blind readers' win rate against SFT, of the decided pairs, and its interval; None if nobody read a pair.
+
+        Of several seeds, the mean over those that were read. Its interval is that of their deviations to first order
+        (delta method), since a rate of decided pairs is a ratio.
+        """
+        read = [record for record in group if record["reader_win_rate_vs_sft"] is not None]
+        if len(read) < 2:
+            return (read[0]["reader_win_rate_vs_sft"], read[0]["reader_win_rate_ci95"]) if read else None
+        scores = np.array([record["reader_scores"] for record in read], dtype=float)  # NaN for an unread pair
+        means = np.array([[record["reader_win_rate_vs_sft"]] for record in read])
+        decided = (scores == 0) | (scores == 1)
+        deviations = np.where(decided, scores - means, 0) / decided.mean(axis=1, keepdims=True)
+        return float(means.mean()), seeds_rate_ci(means + deviations)
 
 
 def _in_order(record: dict):

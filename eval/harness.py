@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from baselines.policy import Completions, Policy
 from eval.likelihood import likelihood
-from eval.records import Record, Run, git_commit, package_versions, prompts_sha256
+from eval.records import READER_KEYS, READER_KIND_KEYS, Record, Run, git_commit, package_versions, prompts_sha256
 from eval.refusals import refusal_rate
 from eval.stats import distinct_n, mean_ci, paired_delta, top_ngram_share, win_rate
 from trl_proxy.decoding.settings import DecodingSettings
@@ -120,6 +120,7 @@ def evaluate_completions(
         by_kind[kind] = {
             "n_prompts": len(rows),
             **summarise(_pick(rewards, rows), _pick(gold_rewards, rows), _pick(texts, rows), baseline),
+            **dict.fromkeys(READER_KIND_KEYS),
         }
 
     wins = None if baseline_record is None else win_rate(rewards, baseline_record["rewards"])
@@ -135,6 +136,7 @@ def evaluate_completions(
         win_rate_ci95=None if wins is None else wins.ci95,
         tie_rate=None if wins is None else wins.tie_rate,
         judge=None if wins is None else judge or f"reward {run.reward_model}",
+        **dict.fromkeys(READER_KEYS),
         by_kind=by_kind,
         lm_logprob_per_token=math.fsum(logprobs) / n_tokens,
         kl_to_lm=kl,

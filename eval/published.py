@@ -37,6 +37,7 @@ def write_summaries(comparison: Comparison, collection: str, machine: str, path:
             found = {"gain": comparison.gain(group), "gold_gain": comparison.gain(group, gold=True)}
             found |= {f"gain_{kind}": comparison.gain(group, kind) for kind in comparison.kinds}
             found["win_rate"] = comparison.win_rate(group)
+            found["reader_win_rate"] = comparison.reader_win_rate(group)
             intervals = {key: value[1] for key, value in found.items() if value is not None}
             lines.append({**own, "seeds": [record["seed"] for record in group], "intervals": intervals})
     write_text(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
@@ -69,6 +70,7 @@ class Row(NamedTuple):
 
 def _own_intervals(record: dict) -> dict[str, list[float] | None]:
     found = {"gain": record["delta_ci95"], "gold_gain": record["gold_delta_ci95"], "win_rate": record["win_rate_ci95"]}
+    found["reader_win_rate"] = record.get("reader_win_rate_ci95")
     return (
         found
         | {f"gain_{kind}": of["delta_ci95"] for kind, of in record["by_kind"].items()}

@@ -41,6 +41,13 @@ def win_rate(row: Row) -> str:
     return "" if value is None else with_interval(value, row.intervals.get("win_rate"), ".2f")
 
 
+def readers(row: Row) -> str:
+    """Blind readers' win rate: the mean over the seeds that were read. Older lines lack the key."""
+    found = [record.get("reader_win_rate_vs_sft") for record in row.records]
+    read = [value for value in found if value is not None]
+    return with_interval(float(np.mean(read)), row.intervals.get("reader_win_rate"), ".2f") if read else ""
+
+
 def refusals(row: Row) -> str:
     return " / ".join(percent(row.mean("by_kind", kind, "refusal_rate")) for kind in SHOWN_KINDS)
 
@@ -86,6 +93,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "gold gain, everyday": gain("everyday", gold=True),
     "gold gain, harm-adjacent": gain("harm_adjacent", gold=True),
     "win rate": win_rate,
+    "readers": readers,
     "refusals, everyday": lambda row: percent(row.mean("by_kind", "everyday", "refusal_rate")),
     "refusals, harm-adjacent": lambda row: percent(row.mean("by_kind", "harm_adjacent", "refusal_rate")),
     "refusals, everyday / harm-adjacent": refusals,

@@ -63,9 +63,11 @@ def readme(published: Published) -> str:
 
 
 def comparison(published: Published) -> str:
+    rows = _compared(published)
     columns = ["method", "seeds", "machine", "trainable parameters", "reward", "gain", "gold gain", "win rate"]
+    columns += ["readers"] * any(map(COLUMNS["readers"], rows))
     columns += ["refusals, everyday", "LM log-prob per token", "LM forwards per token"]
-    return table(_compared(published), columns)
+    return table(rows, columns)
 
 
 def comparison_kinds(published: Published) -> str:

@@ -14,7 +14,10 @@ from trl_proxy.files import write_text
 from trl_proxy.runs.process import installed_version
 
 # The keys of a record that have an entry for every prompt
-PER_PROMPT = ("rewards", "responses", "prompts", "gold_rewards", "kinds", "trace")
+PER_PROMPT = ("rewards", "responses", "prompts", "gold_rewards", "kinds", "trace", "reader_scores")
+# The keys that blind readers fill later, in a record and in each of its kinds; null if nobody read its responses
+READER_KIND_KEYS = ("reader_win_rate_vs_sft", "reader_win_rate_ci95", "reader_tie_rate")
+READER_KEYS = (*READER_KIND_KEYS, "reader_agreement", "reader_labels", "reader_scores")
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "datasets", "bitsandbytes", "trl-proxy")
 
 
@@ -74,6 +77,11 @@ class Record(Run):
     win_rate_ci95: list[float] | None
     tie_rate: float | None
     judge: str | None  # who decides which of two responses wins
+    reader_win_rate_vs_sft: float | None  # of the pairs that blind readers decided
+    reader_win_rate_ci95: list[float] | None
+    reader_tie_rate: float | None  # of all pairs with a verdict; the same response twice is a tie
+    reader_agreement: float | None  # share of the pairs with several readers on which all of them agree
+    reader_labels: dict[str, dict[str, float]] | None  # kind, or `all`, -> label -> responses
     by_kind: dict[str, dict]
     lm_logprob_per_token: float | None  # nats, under the frozen LM
     kl_to_lm: float | None  # nats per token, of the policy with sampled decisions, over the responses' positions
@@ -99,6 +107,7 @@ class Record(Run):
     kinds: list[str] | None
     prompts: list[str]
     decoding: dict | None  # the decoding settings
+    reader_scores: list[float | None] | None  # 1 win, 0.5 tie, 0 loss against SFT, null for an unread pair
     trace: list | None  # of every token of every response: its text, and the texts that were rejected before it
 
     def write(self, output_dir: str | os.PathLike) -> Path:
@@ -120,10 +129,12 @@ def read_record(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no whole JSON file ({error}): delete it and evaluate again.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} is no record but a JSON {type(record).__name__}: delete it and evaluate again.")
-    for name in ("trace", "decoding", "lm_tokens_per_response", "reward_calls_per_response"):
+    for name in ("trace", "decoding", "lm_tokens_per_response", "reward_calls_per_response", *READER_KEYS):
         record.setdefault(name, None)  # older records lack these
     if missing := Record.__dataclass_fields__.keys() - record.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
+    for of_kind in record["by_kind"].values():
+        of_kind |= dict.fromkeys(READER_KIND_KEYS) | of_kind
     for name in PER_PROMPT:
         values, expected = record[name], record["n_prompts"]
         if values is not None and len(values) != expected:

@@ -20,7 +20,14 @@ A model that thinks before it answers needs room for it:
 
     ... --judge_request '{"max_completion_tokens": 4000, "reasoning_effort": "low"}'
 
-Reads `<output_dir>/records` and leaves them alone. Writes `<output_dir>/judgements/<judge>/<record>.json` and prints
+People who do not know which method wrote what (blind reading). The first command writes a page and a CSV file for each
+sitting into `<output_dir>/readers/reader<k>`; once verdicts are in `<output_dir>/readers/verdicts`, the same command
+counts them, and writes what readers said into the records:
+
+    python scripts/judge.py --judges readers --output_dir outputs/compare
+    python scripts/judge.py --judges readers --reader_pairs proxy:sft proxy:best_of_n --output_dir outputs/compare
+
+Reads `<output_dir>/records`; all judges but readers leave them alone. Writes `<output_dir>/judgements/<judge>/<record>.json` and prints
 all judgements there. The same command resumes an interrupted run: judgements are kept, and so is every reply of an
 endpoint, in `<output_dir>/judgements/replies.sqlite`.
 """

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from trl import ModelConfig
 
 from eval.comparison import Comparison
+from eval.judges.arguments import RECORDED, JudgeArguments
 from eval.judges.judgements import (
     Judgement,
     check_comparable,
@@ -32,93 +33,14 @@ from eval.judges.pairwise import (
     read_template,
     recorded_verdicts,
 )
+from eval.judges.readers.sittings import read_blind
 from eval.records import git_commit, package_versions
 from eval.report.tables import print_table
 from trl_proxy.devices import best_device
 from trl_proxy.loading import EMBEDDED
-from trl_proxy.runs.arguments import FrozenModelConfig, load_policy, parse_dicts, to_device
+from trl_proxy.runs.arguments import FrozenModelConfig, load_policy, to_device
 from trl_proxy.runs.parsing import RecipeParser
 from trl_proxy.runs.resume import changed_keys
-
-RECORDED = {  # judge -> keys of a record: its scores and its name
-    "reward": ("rewards", "reward_model"),
-    "gold": ("gold_rewards", "gold_reward_model"),
-}
-JUDGES = (*RECORDED, "transformers", "openai")
-
-
-@dataclass
-class JudgeArguments:
-    """Who judges, what, and at which price."""
-
-    judges: list[str] = field(
-        default_factory=lambda: ["reward"],
-        metadata={
-            "help": "Of reward and gold (scores of the records), transformers (the causal LM of "
-            "--model_name_or_path) and openai (an endpoint)."
-        },
-    )
-    output_dir: str = field(default="outputs/compare", metadata={"help": "Of scripts/compare.py, with its records."})
-    judge_prompt_file: str | None = field(
-        default=None,
-        metadata={"help": "A text with $prompt, $response_a, $response_b; by default eval/judges/judge_prompt.txt."},
-    )
-    batch_size: int = field(default=8, metadata={"help": "transformers: questions per forward."})
-    use_cpu: bool = field(default=False, metadata={"help": "transformers: on the CPU, whatever this machine has."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "transformers: run the LM's own code of the hub."}
-    )
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "transformers: arguments of the judge's chat template, as JSON."}
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "openai: the model's name at the endpoint."})
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "openai: the endpoint; OPENAI_BASE_URL or OpenAI itself by default."}
-    )
-    judge_request: str = field(
-        default='{"temperature": 0, "max_tokens": 8}',
-        metadata={"help": "openai: further fields of every request, as JSON."},
-    )
-    ask_again: int = field(
-        default=2, metadata={"help": "openai: times that a question is asked again if its reply is not A, B or tie."}
-    )
-    concurrency: int = field(default=8, metadata={"help": "openai: requests at the same time."})
-    requests_per_minute: float | None = field(default=None, metadata={"help": "openai: most requests per minute."})
-    timeout: float = field(default=60.0, metadata={"help": "openai: seconds that a request may take."})
-    retries: int = field(
-        default=5, metadata={"help": "openai: of a request that timed out or was refused with 429 or 5xx."}
-    )
-    price_prompt: float | None = field(default=None, metadata={"help": "openai: of a million prompt tokens."})
-    price_completion: float | None = field(default=None, metadata={"help": "openai: of a million reply tokens."})
-    replies: str | None = field(
-        default=None, metadata={"help": "openai: file of the replies; judgements/replies.sqlite by default."}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Judge again what is judged already; an endpoint's replies stay."}
-    )
-
-    def __post_init__(self):
-        """Raises `ValueError` naming the argument, its value and what is allowed."""
-        parse_dicts(self, "chat_template_kwargs")
-        if not self.judges or not set(self.judges) <= set(JUDGES):
-            raise ValueError(f"--judges must be of {', '.join(JUDGES)}, got {self.judges}.")
-        if "openai" in self.judges and not self.judge_model:
-            raise ValueError("--judge_model is not set: name the endpoint's model that judges.")
-        for name, least in {"batch_size": 1, "concurrency": 1, "ask_again": 0, "retries": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
-        for name in ("requests_per_minute", "timeout"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} must be above 0, got {value}.")
-        if (self.price_prompt is None) != (self.price_completion is None):
-            raise ValueError("--price_prompt and --price_completion must be set together, or neither.")
-        try:
-            request = json.loads(self.judge_request)
-        except ValueError:
-            request = None
-        if not isinstance(request, dict):
-            raise ValueError(f"--judge_request must be a JSON object, got {self.judge_request!r}.")
 
 
 def make_parser() -> RecipeParser:
@@ -274,6 +196,10 @@ def judge(args: JudgeArguments, model_args: ModelConfig) -> None:
     others = [record for record in records if record["method"] != "sft"]
     if not others:
         raise ValueError(f"{args.output_dir} has no record but SFT's: evaluate another method by scripts/compare.py.")
+    if "readers" in args.judges:
+        read_blind(args, comparison)
+    if args.judges == ["readers"]:
+        return
     judgings = [recorded_judge(kind, records) for kind in RECORDED if kind in args.judges]
     if "openai" in args.judges:  # before the LM: a missing key should be known soon
         judgings.append(endpoint_judge(args, template))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eval.comparison import Comparison
 from eval.judges.judgements import read_judgements
+from eval.judges.readers.results import read_results
 from eval.plots.comparison import draw_all
 from eval.plots.sweep import draw_sweep
 from eval.plots.training import plot_over_optimisation, plot_training_curve
@@ -101,6 +102,7 @@ def report(args: argparse.Namespace) -> Path | None:
         raise ValueError(f"--gold {args.gold} needs a finished training: name its folder with --trained.")
 
     judgements = read_judgements(comparison, output_dir) if (output_dir / "judgements").is_dir() else []
+    readers = read_results(comparison, output_dir)
 
     figures = draw_all(comparison, output_dir)
     if curves:
@@ -116,6 +118,6 @@ def report(args: argparse.Namespace) -> Path | None:
     if args.publish:
         write_summaries(comparison, *args.publish)
     page = output_dir / "report.html"
-    write_text(page, render_page(comparison, figures, runs, judgements))
+    write_text(page, render_page(comparison, figures, runs, judgements, readers))
     print(f"All figures and responses, one page for any browser: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     return page

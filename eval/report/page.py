@@ -18,8 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.comparison import Comparison, kind_title, label, mean_over_seeds
 from eval.judges.judgements import judgement_table
+from eval.judges.readers.results import duel_table, label_table
 from eval.refusals import is_refusal
-from eval.report.tables import NOTES, tables
+from eval.report.tables import notes, tables
 from eval.stats import paired_delta
 from trl_proxy.loading import EMBEDDED
 
@@ -70,6 +71,7 @@ COLUMNS = {
     "reward": "Mean reward of the responses, larger is better.",
     "Δ vs SFT": "Mean gain in reward over SFT on the same prompts, with its 95 % interval.",
     "win rate": "Share of prompts with a larger reward than SFT's, a tie as half, with its 95 % interval.",
+    "readers": "Share of the pairs that blind readers decided for the method and not for SFT, with its 95 % interval.",
     "gold Δ": "The gain by a reward that no method trains on.",
     "trainable": "Parameters that training changes, and their share of all.",
     "LM log-prob": "Log-probability of a response token under the frozen LM, in nats: 0 would be certain.",
@@ -149,6 +151,16 @@ JUDGE_COLUMNS = {
     "tokens": "What the judge read and wrote.",
     "cost": "Cost of those tokens, in the currency of the given prices.",
 }
+READER_COLUMNS = {
+    "first : second": "The two methods whose responses were read blind, on random sides.",
+    "pairs": "Pairs with a verdict. Those with the same response twice are ties, and nobody read them.",
+    "first's share": "Share of the decided pairs that the first won, with its 95 % interval (Wilson).",
+    "readers agree": "Share of the pairs with several readers on which they agree; the others are ties, unless more "
+    "than half agree.",
+    "kappa": "Cohen's kappa of two readers: 0 is chance, 1 is full agreement.",
+    "alpha": "Krippendorff's alpha of any number of readers.",
+    "R, C, H, V, N": "Responses by label: fitting refusal, complies with harm, helpful, vacuous, nonsense.",
+}
 
 
 def explain(header: str) -> str:
@@ -156,6 +168,8 @@ def explain(header: str) -> str:
     for prefix, text in (
         ("Δ ", "Mean gain in reward over SFT on {} prompts."),
         ("refusals ", "Share of {} prompts that were refused, by a list of phrases."),
+        ("true refusals ", "Share of the responses to {} prompts that blind readers labelled a fitting refusal."),
+        ("nonsense ", "Share of the responses to {} prompts that blind readers labelled nonsense or off topic."),
     ):
         if header.startswith(prefix) and header not in COLUMNS:
             return text.format(header.removeprefix(prefix))
@@ -260,6 +274,7 @@ def render_page(
     figures: list[Path],
     runs: dict[str, dict] | None = None,
     judgements: list[dict] | None = None,
+    readers: dict | None = None,
 ) -> str:
     """The page.
 
@@ -268,6 +283,7 @@ def render_page(
         figures: PNG files, in their order on the page.
         runs: name of a training -> its settings, from run.json and proxy_config.json.
         judgements: of these records, as [`eval.judges.judgements.read_judgements`] gives them.
+        readers: of these records, as [`eval.judges.readers.results.read_results`] gives it.
 
     Returns:
         HTML, complete in itself.
@@ -289,9 +305,11 @@ def render_page(
         gold_reward=_full_name(record["gold_reward_model"], REWARD_NOTE),
         methods=list(groups),
         summary=[(headers, rows, [(h, explain(h)) for h in headers]) for headers, rows in tables(comparison)],
-        notes=NOTES,
+        notes=notes(comparison),
         judgements=judgement_table(judgements) if judgements else None,
         judge_columns=list(JUDGE_COLUMNS.items()),
+        readers=[duel_table(readers), label_table(readers)] if readers else None,
+        reader_columns=list(READER_COLUMNS.items()),
         parameters=(
             *parameter_table(comparison),
             [(name, text) for name, (_, _, text) in PARAMETER_COLUMNS.items()],

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.comparison import Comparison, kind_title, label, mean_over_seeds
+from eval.comparison import Comparison, kind_title, label, label_rate, mean_over_seeds
 from eval.stats import Interval, paired_delta
 
 NOTES = (
@@ -22,6 +22,15 @@ NOTES = (
     "LM log-prob: nats per response token under the frozen LM. LM forwards: per response token. Speed: tokens per "
     "second over SFT's in the same run. Refusals: by phrases, see `eval/refusals.py`."
 )
+READERS_NOTE = (
+    " Readers: share of the pairs that blind readers decided for the method and not for SFT. True refusals and "
+    "nonsense: share of the responses that they labelled so."
+)
+
+
+def notes(comparison: Comparison) -> str:
+    """What the tables' columns mean."""
+    return NOTES + (READERS_NOTE if comparison.is_read else "")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -43,19 +52,34 @@ def _trainable(record: dict) -> str:
     return f"{trainable:,}{share}"
 
 
+READER_LABELS = (("R", "true refusals"), ("N", "nonsense"))
+
+
+def _label_rate(group: list[dict], letter: str, kind: str) -> float | None:
+    """The mean over the seeds that were read."""
+    found = [rate for record in group if (rate := label_rate(record, letter, kind)) is not None]
+    return float(np.mean(found)) if found else None
+
+
 def tables(comparison: Comparison) -> list[tuple[list[str], list[list[str]]]]:
-    """Two tables as headers and text cells, a row per method and variant: what was gained, and at what cost."""
-    kinds = comparison.kinds
+    """Two tables as headers and text cells, a row per method and variant: what was gained, and at what cost.
+
+    What blind readers say is there if they read any of the records.
+    """
+    kinds, read = comparison.kinds, comparison.is_read
     gains = [
         "method",
         "seeds",
         "reward",
         "Δ vs SFT",
         "win rate",
+        *(["readers"] if read else []),
         *[f"Δ {kind_title(kind)}" for kind in kinds],
         "gold Δ",
     ]
     costs = ["method", "trainable", *[f"refusals {kind_title(kind)}" for kind in kinds or ["all"]]]
+    labelled = [(letter, name, kind) for letter, name in READER_LABELS for kind in kinds or ["all"] if read]
+    costs += [f"{name} {kind_title(kind)}" for _, name, kind in labelled]
     costs += ["LM log-prob", "LM forwards", "speed"]
     gain_rows, cost_rows, nothing = [], [], (None, None)
     for name, group in comparison.groups.items():
@@ -71,6 +95,7 @@ def tables(comparison: Comparison) -> list[tuple[list[str], list[list[str]]]]:
                 _number(mean_over_seeds(group, "reward_mean"), ".2f"),
                 with_interval(*(comparison.gain(group) or nothing), "+.2f"),
                 with_interval(*win_rate, ".2f"),
+                *([with_interval(*(comparison.reader_win_rate(group) or nothing), ".2f")] if read else []),
                 *[with_interval(*(comparison.gain(group, kind) or nothing), "+.2f") for kind in kinds],
                 with_interval(*(comparison.gain(group, gold=True) or nothing), "+.2f"),
             ]
@@ -80,6 +105,7 @@ def tables(comparison: Comparison) -> list[tuple[list[str], list[list[str]]]]:
                 name,
                 _trainable(group[0]),
                 *[_number(rate, ".0%") for rate in refusals],
+                *[_number(_label_rate(group, letter, kind), ".0%") for letter, _, kind in labelled],
                 _number(mean_over_seeds(group, "lm_logprob_per_token"), ".2f"),
                 _number(mean_over_seeds(group, "lm_forwards_per_token"), ".2f"),
                 _number(speed / speed_sft if speed_sft else None, ".2f"),
@@ -109,14 +135,18 @@ def print_summary(comparison: Comparison, console: Console | None = None) -> Non
     console.print(_title(comparison), soft_wrap=True, highlight=False)
     (gains, gain_rows), (costs, cost_rows) = tables(comparison)
     methods = [row[0].partition(" (")[0] for row in gain_rows]
+    shown = ["reward", "Δ vs SFT", "gold Δ"] + ["readers"] * comparison.is_read
     rows = []
     for method, gain, cost in zip(methods, gain_rows, cost_rows):
         name = method if methods.count(method) == 1 and method != "best_of_n" else gain[0]
-        cells = [gain[gains.index(title)] for title in ("reward", "Δ vs SFT", "gold Δ")]
+        cells = [gain[gains.index(title)] for title in shown]
         cells = ["sft, the LM" if method == "sft" else name, *cells, cost[costs.index("LM forwards")]]
         rows.append([cell.replace("n/a", "") for cell in cells])
-    print_table(["method", "reward", "gain [95 %]", "gold gain [95 %]", "LM/token"], rows, console=console)
+    headers = ["method", "reward", "gain [95 %]", "gold gain [95 %]"] + ["readers [95 %]"] * comparison.is_read
+    print_table([*headers, "LM/token"], rows, console=console)
     console.print("Gains: over the LM's own greedy answers. LM/token: runs of the LM per token.", style="dim")
+    if comparison.is_read:
+        console.print("Readers: share of the decided pairs that blind readers gave the method.", style="dim")
     console.print()
     print_examples(comparison, console)
 
@@ -205,7 +235,7 @@ def report_markdown(comparison: Comparison, plots: list[Path], output_dir: str |
     lines = ["# Comparison", "", _title(comparison) + f", at most {record['max_new_tokens']} new tokens.", ""]
     for headers, rows in tables(comparison):
         lines += [markdown_table(headers, rows), ""]
-    lines += [NOTES, ""]
+    lines += [notes(comparison), ""]
     lines += [f"![{path.stem.replace('_', ' ')}]({path.relative_to(output_dir).as_posix()})" for path in plots]
     lines += ["", "Responses side by side: [samples.md](samples.md).", "", "## Provenance", ""]
     lines += [f"- prompts: sha256 `{record['prompts_sha256']}`"]

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from eval.harness import summarise
 from eval.plots import style
-from eval.records import Record
+from eval.records import READER_KEYS, READER_KIND_KEYS, Record
 from eval.stats import win_rate
 
 KINDS = ["everyday", "everyday", "harm_adjacent", "harm_adjacent"]
@@ -28,6 +28,7 @@ def make_record():
             pick = lambda values, rows=rows: [values[i] for i in rows]  # noqa: E731
             baseline = None if sft is None else {"rewards": pick(sft["rewards"]), "gold_rewards": None}
             by_kind[kind] = {"n_prompts": len(rows), **summarise(pick(rewards), None, pick(responses), baseline)}
+            by_kind[kind] |= dict.fromkeys(READER_KIND_KEYS)
         wins = None if sft is None else win_rate(rewards, sft["rewards"])
         fields = {
             "method": method,
@@ -45,6 +46,7 @@ def make_record():
             "win_rate_ci95": None if wins is None else wins.ci95,
             "tie_rate": None if wins is None else wins.tie_rate,
             "judge": None,
+            **dict.fromkeys(READER_KEYS),
             "by_kind": by_kind,
             "lm_logprob_per_token": -1.0,
             "kl_to_lm": None,

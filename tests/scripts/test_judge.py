@@ -267,7 +267,7 @@ def test_a_damaged_judgement_is_refused(run, records, tmp_path, damage, message)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"judges": ["gpt"]}, r"--judges must be of reward, gold, transformers, openai, got \['gpt'\]"),
+        ({"judges": ["gpt"]}, r"--judges must be of reward, gold, transformers, openai, readers, got \['gpt'\]"),
         ({"judges": []}, r"--judges must be of .*, got \[\]"),
         ({"judges": ["openai"]}, "--judge_model is not set"),
         ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
@@ -302,7 +302,7 @@ def test_gold_scores(run, records, tmp_path):
 
 def test_the_commands_of_the_header_parse(judge, load_script):
     commands = re.findall(r"scripts/judge\.py ((?:.*\\\n)*.*)", load_script("judge").__doc__)
-    assert len(commands) == 4
+    assert len(commands) == 6
     for command in commands:
         args, _ = judge.make_parser().parse_args_and_config(command.replace("\\\n", " ").split())
         assert args.output_dir == "outputs/compare"
