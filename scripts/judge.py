@@ -27,9 +27,10 @@ counts them, and writes what readers said into the records:
     python scripts/judge.py --judges readers --output_dir outputs/compare
     python scripts/judge.py --judges readers --reader_pairs proxy:sft proxy:best_of_n --output_dir outputs/compare
 
-Reads `<output_dir>/records`; all judges but readers leave them alone. Writes `<output_dir>/judgements/<judge>/<record>.json` and prints
-all judgements there. The same command resumes an interrupted run: judgements are kept, and so is every reply of an
-endpoint, in `<output_dir>/judgements/replies.sqlite`.
+Reads `<output_dir>/records`; all judges but readers leave them alone. Writes
+`<output_dir>/judgements/<judge>/<record>.json` and prints all judgements there. The same command resumes an
+interrupted run: judgements are kept, and so is every reply of an endpoint, in
+`<output_dir>/judgements/replies.sqlite`.
 """
 
 import sys

@@ -1,5 +1,7 @@
 """Records made from given rewards, for everything that is drawn from records alone."""
 
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,6 +77,21 @@ def make_record():
         return asdict(Record(**{**fields, **overrides}))
 
     return build
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; while it is open, no event loop can be started."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
+    with sync_api.sync_playwright() as playwright:
+        found = shutil.which("chromium") or shutil.which("google-chrome") or playwright.chromium.executable_path
+        if not os.path.isfile(found):
+            pytest.skip("needs a Chromium: `apt-get install chromium` or `playwright install chromium`")
+        # Chromium refuses to run as root in its sandbox.
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=found, args=sandbox)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

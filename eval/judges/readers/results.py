@@ -15,8 +15,8 @@ from trl_proxy.files import write_text
 
 
 def summarise_readings(duels: list[Duel], readings: list[Reading]) -> dict:
-    """What `results.json` holds: `duels` ([`duel_result`]), and by the name of a record `records` (hashes), `titles` and
-    `labels` ([`label_counts`])."""
+    """What `results.json` holds: `duels` ([`duel_result`]), and by a record's name its hash (`records`), its title and
+    its labels ([`label_counts`])."""
     records = {name: record for duel in duels for name, record in zip(duel.names, duel)}
     return {
         "records": {name: record_sha256(record) for name, record in records.items()},

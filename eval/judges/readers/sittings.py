@@ -1,7 +1,7 @@
 """The judge `readers` of scripts/judge.py: writes the sittings, and counts the verdicts once they are there."""
 
-import importlib.util
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from eval.comparison import Comparison
@@ -65,10 +65,10 @@ def export(folder: Path, comparison: Comparison, settings: dict) -> None:
     write_sheets(folder, key_of(duels, sheets, settings), sheets, records)
     pairs = sum(len(sheet.items) for sheet in sheets if sheet.reader == 1)
     largest = max(len(sheet.items) for sheet in sheets)
+    print(f"Pairs to read: {pairs}; sittings: {sheets[0].sittings}, of at most {largest}; readers: {readers}.")
     print(
-        f"Pairs to read: {pairs}; sittings: {sheets[0].sittings}, of at most {largest}; readers: {readers}. Give reader k "
-        f"the folder {folder / 'reader<k>'} and keep {folder / 'key.json'}, which tells the sides. Put what they send back "
-        f"into {folder / 'verdicts'}, and run the same command again."
+        f"Give reader k the folder {folder / 'reader<k>'}, and keep {folder / 'key.json'}, which tells the sides. Put "
+        f"what comes back into {folder / 'verdicts'}, and run the same command again."
     )
 
 
@@ -88,7 +88,7 @@ def import_verdicts(args: JudgeArguments, comparison: Comparison, key: dict, fil
     write_results(comparison, results, args.output_dir)
     for name in sorted({record_name(r) for r in comparison.records if r["method"] != "sft"} - key["records"].keys()):
         print(f"records/{name} is in none of these sittings.")
-    if any(result["agreement"]["pairs"] for result in results["duels"]) and not importlib.util.find_spec("nltk"):
+    if any(result["agreement"]["pairs"] for result in results["duels"]) and not find_spec("nltk"):
         print('Krippendorff\'s alpha needs nltk and is left out: run `pip install -e ".[readers]"`.')
     for headers, rows in (duel_table(results), label_table(results)):
         print_table(headers, rows, left=2 if headers[1] == "prompts" else 1, width=160)

@@ -4,8 +4,6 @@ Needs `pip install playwright` and a Chromium, e.g. Debian's `chromium` or `play
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -22,25 +20,12 @@ LONG_WORD = "Donaudampfschifffahrt" * 40
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        found = shutil.which("chromium") or shutil.which("google-chrome") or playwright.chromium.executable_path
-        if not os.path.isfile(found):
-            pytest.skip("needs a Chromium: `apt-get install chromium` or `playwright install chromium`")
-        # Chromium refuses to run as root in its sandbox.
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=found, args=sandbox)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def records(make_record):
-    """Prompts and responses of a real comparison, 44 of them; prompt 1 and its proxy's response are hostile."""
+    """Prompts and responses of a real comparison, some twice; prompt 1 and its proxy's response are hostile."""
     real = [read_record(RESULTS / f"{name}-seed0.json") for name in ("sft", "proxy-prefix")]
-    prompts = [HOSTILE, *real[0]["prompts"][1:44]]
-    rewards = [[record["rewards"][i] for i in range(44)] for record in real]
-    responses = [record["responses"][:44] for record in real]
+    prompts = [HOSTILE, *(real[0]["prompts"] * 2)[1:44]]
+    rewards = [(record["rewards"] * 2)[:44] for record in real]
+    responses = [(record["responses"] * 2)[:44] for record in real]
     responses[1][:2] = [HOSTILE, LONG_WORD]
     sft = make_record("sft", rewards[0], responses=responses[0], prompts=prompts, model=HOSTILE)
     trace = [[[HOSTILE, ["<b>no</b>", "\n"]], [" end", []]]] * 44
