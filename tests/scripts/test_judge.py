@@ -1,5 +1,6 @@
 """Tests of `scripts/judge.py`: real records judged by their rewards, a tiny LM and an endpoint on this machine."""
 
+import csv
 import importlib
 import json
 import re
@@ -298,6 +299,32 @@ def test_gold_scores(run, records, tmp_path):
     write(tmp_path, records)
     with pytest.raises(ValueError, match="the records differ in gold_reward_model \\(another, other\\)"):
         run("gold")
+
+
+def test_readers_of_both_sides_are_a_judge(run, judge, records, tmp_path, capsys):
+    """The first run writes the pairs, the second counts: reader 1 prefers the longer response, reader 2 always A."""
+    run("readers")
+    assert "Give reader k the folder" in capsys.readouterr().out
+    for reader in (1, 2):
+        for path in sorted((tmp_path / "readers" / f"reader{reader}").glob("*.csv")):
+            rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True)))
+            lines = ["id,pref,label_a,label_b"]
+            for row in rows:
+                longer = "A" if len(row["response_a"]) > len(row["response_b"]) else "B"
+                lines.append(f"{row['id']},{longer if reader == 1 else 'A'},H,N")
+            (tmp_path / "readers" / "verdicts" / f"{reader}{path.name}").write_text("\n".join(lines))
+    judgements = run("reward", "readers")
+    assert all(name.startswith("reward_") for name in judgements)
+    printed = capsys.readouterr().out
+    assert "best_of_n (n=4) : sft" in printed
+    assert "reward embedded" in printed
+    record = json.loads((tmp_path / "records" / "best.json").read_text(encoding="utf-8"))
+    scores = record["reader_scores"]
+    longer = [float(len(a) > len(b)) for a, b in responses(records, "best")]
+    assert all(score in (0.5, expected) for score, expected in zip(scores, longer, strict=True))
+    assert 0 < scores.count(0.5) < N
+    assert record["reader_labels"]["all"]["H"] == record["reader_labels"]["all"]["N"] == N / 2
+    assert record["rewards"] == records["best"]["rewards"]
 
 
 def test_the_commands_of_the_header_parse(judge, load_script):
