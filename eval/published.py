@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.comparison import Comparison, mean_over_seeds
+from eval.comparison import Comparison, kind_title, mean_over_seeds
 from eval.records import PER_PROMPT
 from trl_proxy.files import write_text
 
@@ -40,6 +40,20 @@ def write_summaries(comparison: Comparison, collection: str, machine: str, path:
             found["reader_win_rate"] = comparison.reader_win_rate(group)
             intervals = {key: value[1] for key, value in found.items() if value is not None}
             lines.append({**own, "seeds": [record["seed"] for record in group], "intervals": intervals})
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+
+
+def write_reader_lines(results: dict, path: str | Path | None = None) -> None:
+    """Writes what blind readers said, as [`eval.judges.readers.results.read_results`] gives it, to a file of published
+    results: a line for each two methods and kind of prompts, in place of the old lines of the same two."""
+    path = Path(path or RECORDS)
+    titles = {duel["title"] for duel in results["duels"]}
+    lines = read_lines(path) if path.is_file() else []
+    lines = [line for line in lines if line["collection"] != "readers" or line["group"] not in titles]
+    for duel in results["duels"]:
+        for kind, found in (duel["by_kind"] or {"all": duel}).items():
+            counts = {"first_wins": found["wins"], "second_wins": found["losses"], "ties": found["ties"]}
+            lines.append({"collection": "readers", "group": duel["title"], "kind": kind_title(kind), **counts})
     write_text(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
 
 

@@ -96,7 +96,8 @@ def readers(published: Published) -> str:
     for line in published.lines:
         if line["collection"] == "readers":
             first, second = line["first_wins"], line["second_wins"]
-            share = with_interval(first / (first + second), rate_ci(first, first + second), ".2f")
+            decided = first + second
+            share = with_interval(first / decided, rate_ci(first, decided), ".2f") if decided else ""
             cells.append([line["group"], line["kind"], str(first), str(second), str(line["ties"]), share])
     return markdown_table(["first : second", "prompts", "first wins", "second wins", "ties", "first's share"], cells)
 

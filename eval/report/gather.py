@@ -11,7 +11,7 @@ from eval.judges.readers.results import read_results
 from eval.plots.comparison import draw_all
 from eval.plots.sweep import draw_sweep
 from eval.plots.training import plot_over_optimisation, plot_training_curve
-from eval.published import write_summaries
+from eval.published import write_reader_lines, write_summaries
 from eval.published_tables import print_tables
 from eval.report.page import render_page
 from eval.sweep import read_sweep
@@ -117,6 +117,8 @@ def report(args: argparse.Namespace) -> Path | None:
 
     if args.publish:
         write_summaries(comparison, *args.publish)
+        if readers:
+            write_reader_lines(readers)
     page = output_dir / "report.html"
     write_text(page, render_page(comparison, figures, runs, judgements, readers))
     print(f"All figures and responses, one page for any browser: {page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -120,7 +120,10 @@ def read_key(path: Path) -> dict:
 
 
 def write_sheets(folder: Path, key: dict, sheets: list[Sheet], records: dict[str, dict]) -> None:
-    """Writes `<folder>/reader<k>/sitting<n>.html` and `.csv`, the guidelines beside them, and `<folder>/key.json`."""
+    """Writes `<folder>/reader<k>/sitting<n>.html` and `.csv`, the guidelines beside them, and `<folder>/key.json`.
+    Deletes what is left of an earlier export."""
+    for path in folder.glob("reader*/sitting*.*"):
+        path.unlink()
     write_text(folder / "key.json", json.dumps(key, indent=1))
     for sheet in sheets:
         path = folder / sheet.name

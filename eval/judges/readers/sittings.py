@@ -10,7 +10,7 @@ from eval.judges.judgements import record_name
 from eval.judges.readers.export import key_of, read_key, write_sheets
 from eval.judges.readers.pairs import Duel, Sheet, differing, find_duels, make_sheets, record_sha256
 from eval.judges.readers.results import duel_table, label_table, summarise_readings, write_results
-from eval.judges.readers.verdicts import Reading, read_verdicts, verdict_files
+from eval.judges.readers.verdicts import Reading, is_filled, read_verdicts, verdict_files
 from eval.report.tables import print_table
 from trl_proxy.runs.resume import changed_keys
 
@@ -36,6 +36,9 @@ def read_blind(args: JudgeArguments, comparison: Comparison) -> None:
         if files:
             import_verdicts(args, comparison, key, files)
             return
+    for sheet in sorted(folder.glob("reader*/sitting*.csv")):
+        if is_filled(sheet):  # an export would empty it
+            raise ValueError(f"{sheet} has verdicts: move it to {folder / 'verdicts'} to have them counted.")
     export(folder, comparison, settings)
 
 

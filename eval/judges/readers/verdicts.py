@@ -11,6 +11,7 @@ from eval.judges.readers.pairs import Item, Sheet
 
 LABELS = ("R", "C", "H", "V", "N")
 PREFERENCES = ("A", "B", "T")
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 COLUMNS = ("id", "pref", "label_a", "label_b")
 
 
@@ -32,11 +33,13 @@ def verdict_files(places: Iterable[str | Path]) -> list[Path]:
     """The CSV and JSON files among these files and folders.
 
     Raises:
-        ValueError: if a place is neither, or a file of another kind.
+        ValueError: if a place is neither, or a file of another kind, or a folder has a spreadsheet.
     """
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
+            if sheet := next((path for path in place.iterdir() if path.suffix.lower() in SPREADSHEETS), None):
+                raise ValueError(f"{sheet} is a spreadsheet: save it as CSV.")
             found += sorted(path for path in place.iterdir() if path.suffix.lower() in (".csv", ".json"))
         elif place.is_file() and place.suffix.lower() in (".csv", ".json"):
             found.append(place)
@@ -92,6 +95,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         cells = {name: str(row.get(name) or "").strip() for name in COLUMNS}
         if any(cells[name] for name in COLUMNS[1:]):
             yield f"{path}, line {line}", cells
+
+
+def is_filled(path: Path) -> bool:
+    """Whether a file has a row with a verdict, or part of one."""
+    return any(True for _ in _rows(path))
 
 
 def _reading(where: str, cells: dict[str, str], sheet: Sheet, item: Item) -> Reading:

@@ -9,8 +9,9 @@ import pytest
 from eval.comparison import Comparison, label_rate
 from eval.judges.readers.counts import agreement, rates, settle
 from eval.judges.readers.results import duel_table, label_table
-from eval.published import Published, read_lines, write_summaries
+from eval.published import Published, read_lines, write_reader_lines, write_summaries
 from eval.published_columns import COLUMNS
+from eval.published_tables import TABLES
 from eval.report.page import explain, render_page
 from eval.report.tables import report_markdown, tables
 from eval.stats import rate_ci, seeds_mean_ci
@@ -177,6 +178,31 @@ def test_the_page_shows_results_and_labels(read):
     row = cells(label_table(results))["sft, seed 0"]
     assert sum(counts.values()) == pytest.approx(12)
     assert row["true refusals"] != ""
+
+
+def test_published_lines_of_two_methods(read, tmp_path):
+    """A line for each kind, in place of the old ones; the table shows them."""
+    _, results = read
+    path = tmp_path / "lines.jsonl"
+    others = [
+        {"collection": "readers", "group": "a : b", "kind": "everyday", "first_wins": 0, "second_wins": 0, "ties": 2}
+    ]
+    others += [{"collection": "mine", "group": "x"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in others))
+    write_reader_lines(results, path)
+    write_reader_lines(results, path)
+    lines = read_lines(path)
+    assert lines[:2] == others
+    assert len(lines) == 2 + 3 * 2
+    duel = next(duel for duel in results["duels"] if duel["title"] == "proxy (prefix) : sft")
+    (line,) = [x for x in lines if x["group"] == duel["title"] and x["kind"] == "harm-adjacent"]
+    found = duel["by_kind"]["harm_adjacent"]
+    assert [line["first_wins"], line["second_wins"], line["ties"]] == [found["wins"], found["losses"], found["ties"]]
+    table = TABLES["readers"](Published(lines))
+    low, high = found["ci95"]
+    counts = f"{found['wins']} | {found['losses']} | {found['ties']} | {found['win_rate']:.2f} [{low:.2f}, {high:.2f}]"
+    assert f"| proxy (prefix) : sft | harm-adjacent | {counts} |" in table
+    assert "| a : b | everyday | 0 | 0 | 2 |  |" in table
 
 
 def test_published_lines_have_readers(read, tmp_path):

@@ -76,6 +76,7 @@ def test_a_file_of_two_sittings_is_refused(run, sent, simulated, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("a.xlsx", "", "a.xlsx is a spreadsheet: save it as CSV"),
         ("a.csv", "id,pref,label_a\n", "a.csv, line 1: there is no column label_b"),
         ("a.csv", "", "a.csv, line 1: there is no column id, pref, label_a, label_b"),
         ("a.json", '[\n{"id": "b"', "a.json, line 2: this is no JSON"),
@@ -112,6 +113,20 @@ def test_records_and_settings_that_changed_are_refused(run, sent, records, simul
     (tmp_path / "readers" / "key.json").unlink()
     with pytest.raises(ValueError, match=r"one.csv has verdicts, but .*key.json, which tells the sides, is not there"):
         run()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_sheet_that_was_filled_in_place_is_not_lost(run, records, simulated, overwrite):
+    run()
+    path = simulated.sheets(2)[1]
+    simulated.send("filled.csv", simulated.answers(path, 2)).rename(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"reader2/sitting2.csv has verdicts: move it to .*/verdicts to have"):
+        run(overwrite=overwrite)
+    assert path.read_bytes() == before
+    path.rename(simulated.verdicts / "filled.csv")
+    assert "11 verdicts count" in run()
 
 
 @pytest.mark.fault
