@@ -247,3 +247,12 @@ def test_names_of_pairs(records, tmp_path):
     for wrong in ("proxy", "proxy:nothing", "a:b:c", ":", "sft:sft"):
         with pytest.raises(ValueError, match="--reader_pairs"):
             find_duels(comparison, [wrong])
+
+
+def test_seeds_meet_the_same_seed(records, simulated, tmp_path):
+    simulated.write({"more": {**records[BEST], "seed": 1}})
+    comparison = Comparison.read(tmp_path)
+    titles = [duel.title for duel in find_duels(comparison, ["proxy:best_of_n"])]
+    assert titles == ["proxy (prefix) : best_of_n (n=4)", "proxy (prefix), seed 1 : best_of_n (n=4), seed 1"]
+    with pytest.raises(ValueError, match="--reader_pairs proxy:proxy fits no two records of one seed"):
+        find_duels(comparison, ["proxy:proxy"])
