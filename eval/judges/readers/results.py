@@ -108,7 +108,7 @@ def label_table(results: dict) -> tuple[list[str], list[list[str]]]:
     for name, counts in results["labels"].items():
         for kind, of in (counts or {}).items():
             total = sum(of.values())
-            cells = [f"{of[letter]:g}" if of[letter] % 1 in (0, 0.5) else f"{of[letter]:.2f}" for letter in LABELS]
+            cells = [f"{of[letter]:.1f}" for letter in LABELS]
             shares = [_percent(of[letter] / total if total else None) for letter, _ in READER_LABELS]
             rows.append([results["titles"][name], kind_title(kind), *cells, *shares])
     return ["responses of", "prompts", *LABELS, *(name for _, name in READER_LABELS)], rows

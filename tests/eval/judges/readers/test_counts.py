@@ -1,10 +1,12 @@
 """Winners, agreement and tables from readings: against numbers of the literature and counts by hand."""
 
 import builtins
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from eval.comparison import Comparison, label_rate
 from eval.judges.readers.counts import agreement, rates, settle
@@ -12,8 +14,9 @@ from eval.judges.readers.results import duel_table, label_table
 from eval.published import Published, read_lines, write_reader_lines, write_summaries
 from eval.published_columns import COLUMNS
 from eval.published_tables import TABLES
+from eval.report import gather
 from eval.report.page import explain, render_page
-from eval.report.tables import report_markdown, tables
+from eval.report.tables import print_summary, report_markdown, tables
 from eval.stats import rate_ci, seeds_mean_ci
 
 
@@ -178,6 +181,22 @@ def test_the_page_shows_results_and_labels(read):
     row = cells(label_table(results))["sft, seed 0"]
     assert sum(counts.values()) == pytest.approx(12)
     assert row["true refusals"] != ""
+
+
+def test_the_terminal_has_a_column_for_readers(read):
+    comparison, _ = read
+    buffer = io.StringIO()
+    print_summary(comparison, Console(file=buffer, width=120))
+    record = comparison.groups["best_of_n (n=4)"][0]
+    (row,) = [line for line in buffer.getvalue().splitlines() if line.strip().startswith("best_of_n")]
+    assert "readers [95 %]" in buffer.getvalue()
+    assert f" {record['reader_win_rate_vs_sft']:.2f} [{record['reader_win_rate_ci95'][0]:.2f}, " in row
+
+
+def test_the_report_reads_the_results(read, simulated, monkeypatch):
+    monkeypatch.setattr(gather, "draw_all", lambda *_: [])
+    page = gather.report(gather.make_parser().parse_args([str(simulated.folder)]))
+    assert '<h2 id="readers-title">Blind readers</h2>' in page.read_text(encoding="utf-8")
 
 
 def test_published_lines_of_two_methods(read, tmp_path):
