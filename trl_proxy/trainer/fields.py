@@ -128,7 +128,7 @@ PPO = {
     ),
     **_fields("no effect", "the log counts tokens always, as `num_tokens`", "include_num_input_tokens_seen"),
     **_fields("no effect", "prompts are not drawn by their length", "length_column_name"),
-    **_fields("no effect", "each device's loss is the mean over its own steps", "average_tokens_across_devices"),
+    **_fields("no effect", "the loss is a mean over the steps of all devices anyway", "average_tokens_across_devices"),
     **_fields(
         "no effect", "`train()` trains, and `eval_strategy` says when to evaluate", "do_train do_eval do_predict"
     ),

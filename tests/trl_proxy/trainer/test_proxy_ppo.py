@@ -102,7 +102,8 @@ def test_a_single_decision_has_no_moments(train, ragged_batch, count):
     mask = torch.zeros_like(rollout.mask.flatten()).scatter(0, chosen, True).view_as(rollout.mask)
     trainer._standardise(model, [rollout._replace(mask=mask)])
     assert model.gate.is_new == (count < 2)
-    assert model.gate.feature_std.isfinite().all() and (model.gate.feature_std > 0).any()
+    assert model.gate.feature_std.isfinite().all()
+    assert (model.gate.feature_std > 0).any()
 
 
 @pytest.mark.parametrize("features", ["prefix", "candidate"])
