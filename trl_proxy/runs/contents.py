@@ -126,7 +126,7 @@ def _commit(name: str, kind: str, revision: str) -> str | None:
     with suppress(Exception):  # no network, no such repository: whoever loads it will say so
         if commit := HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha:
             return commit
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # a path that is not there is no name of the hub
         cached = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "refs", revision)
         return cached.read_text(encoding="utf-8").strip() or None
     return None
