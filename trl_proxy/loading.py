@@ -4,6 +4,7 @@ The name `embedded` stands for the embedded defaults, which need no GPU and no m
 on the hub or on the disk, as usual.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +26,12 @@ logger = logging.get_logger(__name__)
 EMBEDDED = "embedded"
 
 
-def resolve_model(name: str) -> str:
-    """The name of a model for `from_pretrained`; `embedded` becomes the embedded LM's folder."""
+def resolve_model(name: str, revision: str | None = None) -> str:
+    """The name of a model for `from_pretrained`; `embedded` becomes the embedded LM's folder. `ValueError` for a
+    revision of what has none."""
+    where = "embedded LM" if name == EMBEDDED else f"folder {name}" if os.path.isdir(name) else None
+    if where and revision not in (None, "main"):
+        raise ValueError(f"The {where} has no revision {revision}: leave out --model_revision.")
     return str(embedded_lm_path()) if name == EMBEDDED else name
 
 
@@ -50,9 +55,9 @@ def load_lm(
             loaded there, others are not moved.
 
     Raises:
-        `ValueError`: the tokenizer has no end-of-sequence token.
+        `ValueError`: the tokenizer has no end-of-sequence token, or a folder is given with a revision.
     """
-    path = resolve_model(name)
+    path = resolve_model(name, revision)
     shared = {"revision": revision, "trust_remote_code": trust_remote_code} if path == name else {}
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **shared)
     if tokenizer.eos_token_id is None:

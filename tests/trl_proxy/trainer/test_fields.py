@@ -89,6 +89,12 @@ def test_a_field_without_effect_is_one_warning(kind, name, warned):
     assert warned == [f"`{name}={value!r}` has no effect: {TABLES[kind][name].why}."]
 
 
+@pytest.mark.parametrize("method", ["proxy", "ppo", "rloo", "grpo", "dpo"])
+def test_nothing_is_said_of_what_nobody_set(method, warned):
+    make_parser(method).parse_args_and_config(["--output_dir", "x", "--use_cpu"])
+    assert not warned
+
+
 @pytest.mark.parametrize(("kind", "name"), cases("used"), ids=lambda x: getattr(x, "__name__", x))
 def test_a_field_that_needs_another(kind, name, warned):
     """It warns without the other, and nothing else that is used does."""
@@ -352,10 +358,11 @@ def test_bad_model_init_kwargs(tiny_lm, tiny_tokenizer, tmp_path, kwargs, messag
 
 
 @pytest.mark.fault
-def test_the_embedded_lm_has_no_revisions():
+def test_only_the_hub_has_revisions(tmp_path):
     args = ProxyPPOConfig(output_dir="x", use_cpu=True)
-    with pytest.raises(ValueError, match="The embedded LM has no revision v1: leave out --model_revision"):
-        load_policy(FrozenModelConfig(model_revision="v1"), args, "cpu")
+    for name, what in ((None, "embedded LM"), ("embedded", "embedded LM"), (str(tmp_path), f"folder {tmp_path}")):
+        with pytest.raises(ValueError, match=f"The {what} has no revision v1: leave out --model_revision"):
+            load_policy(FrozenModelConfig(name, model_revision="v1"), args, "cpu")
 
 
 def test_the_run_knows_what_was_asked():
