@@ -59,7 +59,7 @@ class Judgement:
         write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-class _OfKind(TypedDict):
+class _JudgedKind(TypedDict):
     n_prompts: int
     win_rate: float
     ci95: tuple[float, float]
@@ -68,7 +68,7 @@ class _OfKind(TypedDict):
 
 # The types of a judgement's keys in its file.
 _IN_FILE = TypedDict(  # type: ignore[misc]
-    "_IN_FILE", get_type_hints(Judgement) | {"ci95": tuple[float, float], "by_kind": dict[str, _OfKind]}
+    "_IN_FILE", get_type_hints(Judgement) | {"ci95": tuple[float, float], "by_kind": dict[str, _JudgedKind]}
 )
 
 
