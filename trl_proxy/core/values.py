@@ -1,10 +1,12 @@
-"""Values in a configuration: of the kind that the field takes, no NaN, and within the field's bounds."""
+"""Values of the types that their fields take: in a configuration, within the field's bounds, and in what was read from
+JSON."""
 
 import dataclasses
 import functools
 import json
 import math
 import typing
+from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any
@@ -150,3 +152,65 @@ def _check_bounds(name: str, value: Any, number: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number, got {value}.")
     if name in BOUNDS and not _IS_ALLOWED[BOUNDS[name]](number):
         raise ValueError(f"`{name}` must be {BOUNDS[name]}, got {value}.")
+
+
+# What JSON may hold where a type is asked for, and what it is called.
+_JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    str: (str, "a text"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    list: (list, "a list"),
+    dict: (dict, "an object"),
+    NoneType: (NoneType, "null"),
+}
+
+
+def type_flaw(value: Any, hint: Any, name: str) -> str | None:
+    """
+    What is wrong with a value read from JSON, None if nothing is.
+
+    Args:
+        hint: its type: one of `_JSON_TYPES`, a list or dict of one, a tuple (a list of that length), a union, `Any`,
+            or a `TypedDict`, whose further keys may be anything.
+        name: of the value, as the sentence has it.
+    """
+    if hint is Any:
+        return None
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    fitting = [kind for kind in kinds if _is_json(value, typing.get_origin(kind) or kind)]
+    if not fitting:
+        shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+        names = [_JSON_TYPES[_container(typing.get_origin(kind) or kind)][1] for kind in kinds]
+        return f"{name} must be {' or '.join(names)}, got {shown}"
+    return next(_part_flaws(value, fitting[0], name), None)
+
+
+def _container(kind: Any) -> type:
+    return dict if typing.is_typeddict(kind) else list if kind is tuple else kind
+
+
+def _is_json(value: Any, kind: Any) -> bool:
+    is_number = _container(kind) in (int, float)
+    return isinstance(value, _JSON_TYPES[_container(kind)][0]) and not (is_number and isinstance(value, bool))
+
+
+def _part_flaws(value: Any, kind: Any, name: str) -> Iterator[str]:
+    """The flaws of what a list or an object holds."""
+    parts = typing.get_args(kind)
+    named: Iterable[tuple[str, Any, Any]] = ()
+    if typing.is_typeddict(kind):
+        if missing := sorted(kind.__required_keys__ - value.keys()):
+            yield f"{name} lacks {', '.join(missing)}"
+        named = [(key, value[key], hint) for key, hint in typing.get_type_hints(kind).items() if key in value]
+    elif isinstance(value, dict) and parts:
+        named = [(key, part, parts[1]) for key, part in value.items()]
+    elif typing.get_origin(kind) is tuple:
+        if len(value) != len(parts):
+            yield f"{name} must have {len(parts)} entries, got {len(value)}"
+        named = [(str(i), part, hint) for i, (part, hint) in enumerate(zip(value, parts))]
+    elif isinstance(value, list) and parts:
+        named = ((str(i), part, parts[0]) for i, part in enumerate(value))
+    for key, part, hint in named:
+        if flaw := type_flaw(part, hint, f"{name}.{key}" if name else key):
+            yield flaw

@@ -210,10 +210,10 @@ def load_policy(model_args: ModelConfig, args, device: str | torch.device):
             attn_implementation=model_args.attn_implementation,
             **further,
         )
-    except TypeError as error:
-        if not further:
+    except ValueError as error:
+        if not further or not isinstance(error.__cause__, TypeError):
             raise
-        raise ValueError(f"`model_init_kwargs` {further} do not suit the LM {name} ({error}).") from error
+        raise ValueError(f"`model_init_kwargs` {further} do not suit the LM {name} ({error.__cause__}).") from error
 
 
 def to_device(lm, device):

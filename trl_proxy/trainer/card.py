@@ -22,7 +22,7 @@ def training_card(
         f"{weight:g} x `{name}`"
         for name, weight in zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
     )
-    measured = [log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log]
+    measured = [log["eval_reward"] for log in trainer.state.log_history if log.get("eval_reward") is not None]
     training = (
         f"It was trained by PPO with `trl-proxy` on {dataset_name or 'the prompts given to the trainer'} for "
         f"{trainer.state.global_step} steps, on the reward {rewards}."
