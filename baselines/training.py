@@ -11,6 +11,7 @@ from trl import ModelConfig, get_peft_config
 
 from baselines.sft import GreedyPolicy
 from trl_proxy.decoding.hidden_states import HiddenStateHook, execution_device
+from trl_proxy.files import loading_model
 from trl_proxy.runs import train
 from trl_proxy.runs.arguments import RunArguments, load_datasets, load_policy, load_rewards
 from trl_proxy.runs.fit import fit, prepare_run
@@ -121,16 +122,19 @@ def load_trained(folder: str | os.PathLike, lm, tokenizer, **kwargs) -> TunedPol
     """
     folder = os.fspath(folder)
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        with loading_model(folder, "adapter"):
+            base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if base != lm.config._name_or_path:
             raise ValueError(f"{folder} holds an adapter of {base}, not of {lm.config._name_or_path}.")
-        model = PeftModel.from_pretrained(lm, folder)
+        with loading_model(folder, "adapter"):
+            model = PeftModel.from_pretrained(lm, folder)
     elif os.path.isfile(os.path.join(folder, "config.json")):
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        with loading_model(folder), open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             architectures = json.load(file).get("architectures")
         if architectures != lm.config.architectures:
             raise ValueError(f"{folder} holds a {architectures}, not a {lm.config.architectures}.")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype)
+        with loading_model(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.dtype)
         model.to(execution_device(lm))
     else:
         raise ValueError(f"{folder} holds no trained model: neither adapter_config.json nor config.json is there.")

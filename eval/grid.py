@@ -17,7 +17,7 @@ from baselines.training import make_parser as make_training_parser
 from eval.comparison import Comparison, kind_title, mean_over_seeds
 from eval.plots.sweep import draw_sweep
 from eval.records import read_records
-from eval.report.tables import markdown_table, print_table, with_interval
+from eval.report.tables import markdown_table, number, print_table, with_interval
 from eval.sweep import read_sweep
 from eval.trainings import SCRIPTS, training_command
 from trl_proxy.files import write_text
@@ -165,14 +165,13 @@ def table(args: SweepArguments) -> tuple[list[str], list[list[str]]]:
     kinds = comparison.kinds
     headers = [*args.grid, "seeds", "Δ vs SFT", *[f"Δ {kind_title(kind)}" for kind in kinds]]
     headers += [*[f"refusals {kind_title(kind)}" for kind in kinds], "LM log-prob", "training, s"]
-    rows = []
+    rows, nothing = [], (None, None)
     for values, group in groups.items():
-        row = [*map(str, values), str(len(group)), with_interval(*comparison.gain(group), "+.2f")]
-        row += [with_interval(*comparison.gain(group, kind), "+.2f") for kind in kinds]
-        row += [f"{mean_over_seeds(group, 'by_kind', kind, 'refusal_rate'):.0%}" for kind in kinds]
-        row.append(f"{mean_over_seeds(group, 'lm_logprob_per_token'):.2f}")
-        seconds = mean_over_seeds(group, "train_seconds")
-        row.append("n/a" if seconds is None else f"{seconds:.0f}")
+        row = [*map(str, values), str(len(group)), with_interval(*(comparison.gain(group) or nothing), "+.2f")]
+        row += [with_interval(*(comparison.gain(group, kind) or nothing), "+.2f") for kind in kinds]
+        row += [number(mean_over_seeds(group, "by_kind", kind, "refusal_rate"), ".0%") for kind in kinds]
+        row.append(number(mean_over_seeds(group, "lm_logprob_per_token"), ".2f"))
+        row.append(number(mean_over_seeds(group, "train_seconds"), ".0f"))
         rows.append(row)
     return headers, rows
 
@@ -194,7 +193,13 @@ def sweep(args: SweepArguments) -> list[list[str]]:
         pool.shutdown(wait=False, cancel_futures=True)
         runner.stop()
         raise
-    headers, rows = table(args)
+    sentence = f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}. The same command resumes."
+    try:
+        headers, rows = table(args)
+    except ValueError as error:
+        if not failed:
+            raise
+        raise ValueError(sentence) from error  # a table that lacks records follows from it
     print_table(headers, rows, left=0, width=140)
     write_text(Path(args.output_dir, "sweep.md"), markdown_table(headers, rows) + "\n")
     if args.method == "proxy" and len(args.grid) == 1 and not failed:
@@ -203,7 +208,7 @@ def sweep(args: SweepArguments) -> list[list[str]]:
             figures = draw_sweep(read_sweep(args.output_dir, key), args.output_dir)
             print(f"Figures: {', '.join(map(str, figures))}")
     if failed:
-        raise ValueError(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}. The same command resumes.")
+        raise ValueError(sentence)
     return rows
 
 

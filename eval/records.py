@@ -9,7 +9,9 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NotRequired, TypedDict, get_type_hints
 
+from trl_proxy.core.values import type_flaw
 from trl_proxy.files import write_text
 from trl_proxy.runs.process import installed_version
 
@@ -117,11 +119,41 @@ class Record(Run):
         return path
 
 
+_Interval = tuple[float, float] | None
+
+
+class _OfKind(TypedDict):
+    """What a record says of the prompts of one kind."""
+
+    n_prompts: int
+    reward_mean: float
+    reward_ci95: _Interval
+    refusal_rate: float
+    delta_vs_sft: float | None
+    delta_ci95: _Interval
+    gold_reward_mean: NotRequired[float | None]
+    gold_reward_ci95: NotRequired[_Interval]
+    gold_delta_vs_sft: NotRequired[float | None]
+    gold_delta_ci95: NotRequired[_Interval]
+    reader_win_rate_vs_sft: NotRequired[float | None]
+    reader_win_rate_ci95: NotRequired[_Interval]
+    reader_tie_rate: NotRequired[float | None]
+
+
+# The types of a record's keys in its file, more exactly than the dataclass has them.
+_IN_FILE = {
+    **{name: _Interval if name.endswith("_ci95") else hint for name, hint in get_type_hints(Record).items()},
+    "by_kind": dict[str, _OfKind],
+    "trace": list[list[tuple[str, list[str]]]] | None,
+}
+
+
 def read_record(path: str | os.PathLike) -> dict:
     """One record file.
 
     Raises:
-        ValueError: if it is damaged or lacks a key of the contract.
+        ValueError: if it is damaged, lacks a key of the contract or has a value of another type; the file and the key
+            are named.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -133,6 +165,9 @@ def read_record(path: str | os.PathLike) -> dict:
         record.setdefault(name, None)  # older records lack these
     if missing := Record.__dataclass_fields__.keys() - record.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}: write it again with --overwrite.")
+    for name, hint in _IN_FILE.items():
+        if flaw := type_flaw(record[name], hint, name):
+            raise ValueError(f"{path} is damaged ({flaw}): delete it and evaluate again.")
     for of_kind in record["by_kind"].values():
         of_kind |= dict.fromkeys(READER_KIND_KEYS) | of_kind
     for name in PER_PROMPT:

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from baselines.training import method_of
+from baselines.training import BASELINES, method_of
 from eval.training_logs import TrainingLog, training_log
 from trl_proxy import ProxyConfig
 from trl_proxy.core.config import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME, proxy_file
@@ -106,18 +106,26 @@ def read_baseline(folder: str) -> TrainedRun:
     """Reads the output folder of scripts/train_baseline.py, without its weights.
 
     Raises:
-        ValueError: if it is not such a folder, or holds no trained model.
+        ValueError: if it is not such a folder, holds no trained model, or that of no baseline.
     """
     run_file = Path(folder, RUN_FILE)
     if not run_file.is_file():
         raise ValueError(f"{folder} has no {RUN_FILE}: it is no output folder of scripts/train_baseline.py.")
     run = read_json(run_file)
+    if missing := [name for name in ("method", "seed", "use_peft", "lora_r") if name not in run]:
+        raise ValueError(f"{run_file} lacks {', '.join(missing)}: it is not of scripts/train_baseline.py.")
+    method = method_of(run["method"])
+    if method not in BASELINES:
+        raise ValueError(
+            f"{run_file} has the method {run['method']!r}, which is no baseline that trains ({', '.join(BASELINES)}): "
+            "name its folder by --proxies if it is a proxy, or leave it out."
+        )
     check_finished(folder)
     weights = min(Path(folder).glob("*model*.safetensors"), default=None)
     if weights is None:
         raise ValueError(f"{folder} holds no trained model yet: let scripts/train_baseline.py finish first.")
     return TrainedRun(
-        method=method_of(run["method"]),
+        method=method,
         folder=folder,
         seed=run["seed"],
         variant=f"lora_r={run['lora_r']}" if run["use_peft"] else "full",

@@ -1,6 +1,5 @@
 """What a training logged, as points that plots take."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trl_proxy.runs.resume import RESULTS_FILE
+from trl_proxy.core.values import type_flaw
+from trl_proxy.runs.resume import RESULTS_FILE, read_json
 
 
 class TrainingLog(NamedTuple):
@@ -20,15 +20,11 @@ class TrainingLog(NamedTuple):
 
 def read_training_file(path: str | os.PathLike) -> dict:
     """The JSON object in a file; `ValueError` naming the file if there is none."""
+    remedy = "let the training finish, or leave its folder out"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): let the training finish, or leave its folder out."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: let the training finish, or leave its folder out.")
-    return content
+        return read_json(path, remedy)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}): {remedy}.") from error
 
 
 def training_log(folder: str | os.PathLike) -> TrainingLog:
@@ -37,19 +33,25 @@ def training_log(folder: str | os.PathLike) -> TrainingLog:
     Raises:
         ValueError: if the run is not finished, or a file of it is damaged.
     """
-    results = read_training_file(Path(folder, RESULTS_FILE))
+    path = Path(folder, RESULTS_FILE)
+    results = read_training_file(path)
+    if min(results["steps"], results["episodes"]) < 1:
+        raise ValueError(f"{path} has no steps or no episodes: train anew, or leave its folder out.")
     return TrainingLog(Path(folder, "trainer_state.json"), results["episodes"] / results["steps"])
 
 
 def training_points(log: TrainingLog, key: str) -> np.ndarray:
     """(episodes, seconds of training, value) of every log entry that has a number for `key`, shape (entries, 3); NaN
-    for seconds that were not logged."""
-    points = [
-        (entry["step"] * log.episodes_per_step, entry.get("train_seconds", np.nan), entry[key])
-        for entry in read_training_file(log.trainer_state)["log_history"]
-        if not np.isnan(entry.get(key, np.nan))  # a reward function that judged no prompt of these has no mean
-    ]
-    return np.array(points).reshape(-1, 3)
+    for seconds that were not logged. `ValueError` if an entry has something else there."""
+    points = []
+    for i, entry in enumerate(read_training_file(log.trainer_state)["log_history"]):
+        value = entry.get(key)
+        if flaw := type_flaw(value, float | None, f"log_history.{i}.{key}"):
+            raise ValueError(f"{log.trainer_state} is damaged ({flaw}): leave its folder out.")
+        points.append((entry["step"] * log.episodes_per_step, entry.get("train_seconds"), value))
+    # A reward function that judged no prompt of a rollout has no mean there: null, or NaN.
+    found = np.array(points, dtype=float).reshape(-1, 3)
+    return found[~np.isnan(found[:, 2])]
 
 
 def _reward_keys(log: TrainingLog) -> set[str]:

@@ -132,6 +132,8 @@ def test_a_launcher_that_is_no_program():
     for command in ("no-such-launcher --x", ""):
         with pytest.raises(ValueError, match=r"--launch names .*no program"):
             launcher(command)
+    with pytest.raises(ValueError, match=r"--launch must be a command line, got .*No closing quotation"):
+        launcher("'unclosed")
     with pytest.raises(ValueError, match="cannot be run"):
         run_command(["/nowhere/at/all"])
 

@@ -160,7 +160,7 @@ def test_functions_that_are_no_api():
     assert get_callable_name(pad) == "pad"
     assert parameters(prepare_deepspeed)[:2] == ["model", "accelerator"]
     assert parameters(start_event_loop_in_daemon) == ["name"]
-    # `_EpochSampler` reads these and stands in for the class itself.
+    # `EpochSampler` reads these and stands in for the class itself.
     sampler = RepeatSampler([1, 2], mini_repeat_count=1, shuffle=True, seed=3)
     assert (sampler.shuffle, sampler.seed) == (True, 3)
     assert sampler.generator.initial_seed() == 3

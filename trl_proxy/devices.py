@@ -71,6 +71,15 @@ def random_state_of(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | 
     return torch.get_rng_state(), get(device) if get else None
 
 
+def device_in_use() -> torch.device:
+    """The accelerator if this process has begun to use it, else the CPU: nothing is set up on a device to find out."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    begun = getattr(getattr(torch, accelerator.type, None), "is_initialized", lambda: True)
+    return accelerator if begun() else torch.device("cpu")
+
+
 def set_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
     """Sets what [`random_state_of`] returned."""
     on_cpu, on_device = state

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checksums that detect damage."""
+"""Files that are written whole or not at all, checksums that detect damage, and models whose files cannot be read."""
 
 import hashlib
 import json
@@ -10,6 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CHECKSUMS_NAME = "checksums.json"  # of a checkpoint
+# In a model's folder: what a training or a comparison wrote beside the model.
+BESIDE_A_MODEL = {
+    CHECKSUMS_NAME,
+    "log.txt",
+    "pairs.json",
+    "run.json",
+    "train_results.json",
+    "trainer_state.json",
+    "training_args.bin",
+}
 
 
 class WriteError(OSError):
@@ -129,3 +139,65 @@ def damaged_files(folder: str) -> list[str]:
         return [name for name, digest in written.items() if found.get(name) != digest]
     except (AttributeError, ValueError):
         return [CHECKSUMS_NAME]
+
+
+@contextmanager
+def loading_model(name: str | os.PathLike, kind: str = "language model", remedy: str | None = None) -> Iterator[None]:
+    """Turns whatever fails while a model, its adapter or its tokenizer is loaded into one sentence.
+
+    The JSON files of a folder are read before: transformers passes over a damaged `generation_config.json`, and the
+    LM would lose its penalties and EOS tokens.
+
+    Args:
+        name: as the user gave it: a folder or a hub id.
+        kind: what is loaded.
+        remedy: what to do if no file is known to be damaged.
+
+    Raises:
+        ValueError: with the model's name, the file if it is known, and what to do.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        if not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"The folder {name} holds no {kind}: it has no config.json.")
+        _check_files(name, kind, ".json")
+    elif os.path.exists(name) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ValueError(f"The {kind} {name} is neither a folder nor a model id of the hub: there is no such folder.")
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # every library has its own kinds
+        if "OutOfMemory" in type(error).__name__:
+            raise
+        if os.path.isdir(name):
+            _check_files(name, kind, ".safetensors")
+        reason = str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
+        if remedy is None and os.path.isdir(name):
+            remedy = "mend the folder, or copy it again"
+        elif remedy is None:
+            remedy = "there is no such folder here, and a name must be one that the hub knows and lets you read"
+        raise ValueError(f"The {kind} {name} cannot be loaded ({reason}): {remedy}.") from error
+
+
+def _check_files(folder: str, kind: str, ending: str) -> None:
+    """`ValueError` naming the first file of a model that is damaged."""
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith(ending) or name in BESIDE_A_MODEL:
+            continue
+        path = os.path.join(folder, name)
+        try:
+            if ending == ".json":
+                with open(path, encoding="utf-8") as file:
+                    if not isinstance(json.load(file), dict) and name.endswith("config.json"):
+                        raise ValueError("no JSON object")
+            else:
+                from safetensors import safe_open  # here: `core` needs torch alone
+
+                with safe_open(path, framework="pt"):
+                    pass
+        except Exception as error:  # safetensors' own is no ValueError
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"The {kind} {folder} cannot be loaded: {path} is damaged ({reason}), copy it again."
+            ) from None

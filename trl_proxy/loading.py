@@ -4,6 +4,7 @@ The name `embedded` stands for the embedded defaults, which need no GPU and no m
 on the hub or on the disk, as usual.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from .devices import best_device, half_dtype, has_bfloat16, warn_of_emulation
 from .embedded.lm import embedded_lm_path
 from .embedded.prompts import DATA, embedded_prompts
+from .files import loading_model
 from .prompts import check_dataset
 from .reading import read_dataset, select_split, with_prompts
 from .rewards.checks import TRL_REWARDS, import_reward
@@ -25,8 +27,12 @@ logger = logging.get_logger(__name__)
 EMBEDDED = "embedded"
 
 
-def resolve_model(name: str) -> str:
-    """The name of a model for `from_pretrained`; `embedded` becomes the embedded LM's folder."""
+def resolve_model(name: str, revision: str | None = None) -> str:
+    """The name of a model for `from_pretrained`; `embedded` becomes the embedded LM's folder. `ValueError` for a
+    revision of what has none."""
+    where = "embedded LM" if name == EMBEDDED else f"folder {name}" if os.path.isdir(name) else None
+    if where and revision not in (None, "main"):
+        raise ValueError(f"The {where} has no revision {revision}: leave out --model_revision.")
     return str(embedded_lm_path()) if name == EMBEDDED else name
 
 
@@ -50,11 +56,13 @@ def load_lm(
             loaded there, others are not moved.
 
     Raises:
-        `ValueError`: the tokenizer has no end-of-sequence token.
+        `ValueError`: there is no such LM, one of its files cannot be read, a folder is given with a revision, or the
+            tokenizer has no end-of-sequence token.
     """
-    path = resolve_model(name)
+    path = resolve_model(name, revision)
     shared = {"revision": revision, "trust_remote_code": trust_remote_code} if path == name else {}
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **shared)
+    with loading_model(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **shared)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer of {name} has no end-of-sequence token: set `eos_token` in its files.")
     if tokenizer.pad_token_id is None:
@@ -68,9 +76,10 @@ def load_lm(
         warn_of_emulation(dtype, target)
     if quantization_config is not None:  # bitsandbytes would take any accelerator that it finds
         kwargs.setdefault("device_map", {"": "cpu" if target.type == "cpu" else str(target)})
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
-    )
+    with loading_model(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, quantization_config=quantization_config, **shared, **kwargs
+        )
     model.config._name_or_path = model.name_or_path = name  # PEFT writes the latter into an adapter
     return model.eval(), tokenizer
 

@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict, get_type_hints
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from eval.judges.pairwise import Verdicts
 from eval.records import Run
 from eval.report.tables import with_interval
 from eval.stats import Interval, seeds_rate_ci, win_rate
+from trl_proxy.core.values import type_flaw
 from trl_proxy.files import write_text
 
 
@@ -55,6 +57,19 @@ class Judgement:
     def write(self, path: Path) -> None:
         """Writes the judgement."""
         write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+class _JudgedKind(TypedDict):
+    n_prompts: int
+    win_rate: float
+    ci95: tuple[float, float]
+    tie_rate: float
+
+
+# The types of a judgement's keys in its file.
+_IN_FILE = TypedDict(  # type: ignore[misc]
+    "_IN_FILE", get_type_hints(Judgement) | {"ci95": tuple[float, float], "by_kind": dict[str, _JudgedKind]}
+)
 
 
 def record_name(record: dict) -> str:
@@ -145,6 +160,8 @@ def read_judgement(path: Path) -> dict:
         raise ValueError(f"{path} is no JSON ({error}): delete it, and judge again.") from None
     if not isinstance(judgement, dict) or Judgement.__dataclass_fields__.keys() - judgement.keys():
         raise ValueError(f"{path} is no judgement of this version: delete it, and judge again.")
+    if flaw := type_flaw(judgement, _IN_FILE, "it"):
+        raise ValueError(f"{path} is damaged ({flaw}): delete it, and judge again.")
     return judgement
 
 

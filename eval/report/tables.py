@@ -33,14 +33,15 @@ def notes(comparison: Comparison) -> str:
     return NOTES + (READERS_NOTE if comparison.is_read else "")
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number by the format `form`, `n/a` for none."""
     return "n/a" if value is None else format(value, form)
 
 
 def with_interval(value: float | None, interval: Interval | None, form: str) -> str:
     """`0.41 [0.30, 0.52]` by the format `form`; the value alone if there is no interval."""
     if value is None or interval is None:
-        return _number(value, form)
+        return number(value, form)
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
@@ -92,7 +93,7 @@ def tables(comparison: Comparison) -> list[tuple[list[str], list[list[str]]]]:
             [
                 name,
                 str(len(group)),
-                _number(mean_over_seeds(group, "reward_mean"), ".2f"),
+                number(mean_over_seeds(group, "reward_mean"), ".2f"),
                 with_interval(*(comparison.gain(group) or nothing), "+.2f"),
                 with_interval(*win_rate, ".2f"),
                 *([with_interval(*(comparison.reader_win_rate(group) or nothing), ".2f")] if read else []),
@@ -104,11 +105,11 @@ def tables(comparison: Comparison) -> list[tuple[list[str], list[list[str]]]]:
             [
                 name,
                 _trainable(group[0]),
-                *[_number(rate, ".0%") for rate in refusals],
-                *[_number(_label_rate(group, letter, kind), ".0%") for letter, _, kind in labelled],
-                _number(mean_over_seeds(group, "lm_logprob_per_token"), ".2f"),
-                _number(mean_over_seeds(group, "lm_forwards_per_token"), ".2f"),
-                _number(speed / speed_sft if speed_sft else None, ".2f"),
+                *[number(rate, ".0%") for rate in refusals],
+                *[number(_label_rate(group, letter, kind), ".0%") for letter, _, kind in labelled],
+                number(mean_over_seeds(group, "lm_logprob_per_token"), ".2f"),
+                number(mean_over_seeds(group, "lm_forwards_per_token"), ".2f"),
+                number(speed / speed_sft if speed_sft else None, ".2f"),
             ]
         )
     return [(gains, gain_rows), (costs, cost_rows)]

@@ -1,6 +1,7 @@
 """Tests of `eval.harness`: the record, key by key, from responses whose rewards are known."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -215,6 +216,33 @@ def test_a_damaged_record_is_refused(tmp_path, content, message):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "sft.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        read_records(tmp_path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rewards", "1234", "rewards must be a list, got '1234'"),
+        ("rewards", None, "rewards must be a list, got None"),
+        ("rewards", [0.5, None, 1.0, 2.0], "rewards.1 must be a number, got None"),
+        ("by_kind", None, "by_kind must be an object, got None"),
+        ("by_kind", {"everyday": {}}, "by_kind.everyday lacks delta_ci95, delta_vs_sft, n_prompts"),
+        ("settings", None, "settings must be an object"),
+        ("method", 5, "method must be a text, got 5"),
+        ("variant", 5, "variant must be a text or null, got 5"),
+        ("seed", True, "seed must be a whole number, got True"),
+        ("seed", 0.5, "seed must be a whole number, got 0.5"),
+        ("reward_ci95", "0.1", "reward_ci95 must be a list or null, got '0.1'"),
+        ("delta_ci95", [0.1], "delta_ci95 must have 2 entries, got 1"),
+        ("versions", {"torch": 2}, "versions.torch must be a text, got 2"),
+        ("trace", [[["a"]]] * 4, "trace.0.0 must have 2 entries, got 1"),
+    ],
+)
+def test_a_record_with_a_value_of_another_type_is_refused(evaluate, tmp_path, key, value, message):
+    path = tmp_path / "records" / "sft-seed3.json"
+    path.write_text(json.dumps({**evaluate(SFT), key: value}))
+    with pytest.raises(ValueError, match=rf"sft-seed3.json is damaged \({re.escape(message)}.*\): delete it and ev"):
         read_records(tmp_path)
 
 

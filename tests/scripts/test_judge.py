@@ -266,6 +266,21 @@ def test_a_damaged_judgement_is_refused(run, records, tmp_path, damage, message)
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [("verdicts", "x"), ("ci95", [0.5]), ("by_kind", {"everyday": {}}), ("cost", "x"), ("seed", None)],
+)
+def test_a_judgement_with_a_value_of_another_type_is_refused(run, records, tmp_path, key, value):
+    run("reward")
+    whole = next((tmp_path / "judgements").glob("*/*.json"))
+    path = tmp_path / "judgements" / "other" / whole.name
+    path.parent.mkdir()
+    path.write_text(json.dumps({**json.loads(whole.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged \(it\.{key}.* delete it, and judge again"):
+        run("reward")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"judges": ["gpt"]}, r"--judges must be of reward, gold, transformers, openai, readers, got \['gpt'\]"),

@@ -119,6 +119,23 @@ def test_a_sweep_goes_on_after_an_interrupt(sweep, arguments, fork_server, monke
     assert (bad / "records" / "sft-seed0.json").read_bytes() == (good / "records" / "sft-seed0.json").read_bytes()
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("left", [None, "{}"])
+def test_a_sweep_without_a_whole_cell_says_what_failed(sweep, arguments, monkeypatch, tmp_path, left):
+    """Not that a table cannot be drawn, which follows from it."""
+
+    def fail(runner, cell):
+        if left:
+            records = cell.folder / "records"
+            records.mkdir(parents=True)
+            (records / "proxy-seed0.json").write_text(left)
+        raise ValueError(f"{cell.folder.name} failed, see log.txt")
+
+    monkeypatch.setattr(sweep.Runner, "run", fail)
+    with pytest.raises(ValueError, match=r"^2 of 2 cells failed: p_t=.* failed, see log.txt; .*command resumes\.$"):
+        sweep.sweep(sweep.SweepArguments(**arguments))
+
+
 def test_cells_and_commands(sweep, arguments):
     arguments |= {"grid": {"p_t": [0.1, 0.5], "gate_hidden_sizes": [[64, 64]]}, "seeds": [0, 1], "split": "test"}
     args = sweep.SweepArguments(**arguments | {"settings": {"max_steps": 8}})

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from transformers.trainer_utils import IntervalStrategy
 
 from baselines.dpo import DPOArguments
 from eval.jobs import CompareArguments, select_prompts
@@ -544,7 +545,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, name):
 @pytest.mark.fault
 def test_a_file_has_no_rows_to_evaluate_on(folders, settings):
     path = str(folders / "plain" / "train.jsonl")
-    evaluated = SimpleNamespace(**{**vars(settings), "eval_strategy": "steps"})
+    evaluated = SimpleNamespace(**{**vars(settings), "eval_strategy": IntervalStrategy.STEPS})
     for split in ("validation", "test"):
         with pytest.raises(ValueError, match=SENTENCE) as error:
             load_datasets(RunArguments(dataset_name=path, dataset_test_split=split), evaluated)
@@ -589,7 +590,7 @@ def test_streaming_is_refused():
         (6, {"max_steps": -1, "steps_per_generation": 4}, "give at least 8 prompts, or lower"),
         (3, {"num_generations": 1}, "has 3 prompts and a rollout takes 4 (4 responses, num_generations=1)"),
         (9, {"steps_per_generation": None, "generation_batch_size": 20}, "has 9 prompts and a rollout takes 10"),
-        (9, {"max_steps": 0}, "`max_steps` is 0, which trains nothing"),
+        (9, {"max_steps": 0}, "`max_steps` must be at least 1, or -1 to train for `num_train_epochs`, got 0"),
         (9, {"max_steps": -1, "num_train_epochs": 0}, "`num_train_epochs` must be above 0, got 0"),
         (9, {"max_steps": -1, "num_train_epochs": -1}, "`num_train_epochs` must be above 0, got -1"),
     ],

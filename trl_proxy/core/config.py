@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 from ..files import write_text
 from .values import check_values
@@ -13,6 +13,8 @@ CONFIG_NAME = "proxy_config.json"
 WEIGHTS_NAME = "proxy_model.safetensors"
 # Fields of [`ProxyConfig`] that the model fills in.
 MODEL_FIELDS = ("hidden_size", "embedding_size", "base_model_name_or_path", "base_model_sha256", "decoding")
+# What `decoding` may have.
+_DECODING: dict[str, type] = {"generation_kwargs": dict, "chat_template_kwargs": dict, "system_prompt": str}
 
 
 @dataclass
@@ -83,15 +85,14 @@ class ProxyConfig:
     def __post_init__(self):
         """Raises `ValueError` naming the field, its value and what is allowed."""
         check_values(self)
-        if not 0.0 < self.p_t <= 1.0:
-            raise ValueError(f"`p_t` must be in (0, 1], got {self.p_t}.")
         if not self.gate_hidden_sizes:
             raise ValueError(f"`gate_hidden_sizes` must be one or more widths, got {self.gate_hidden_sizes}.")
         if not self.feature_layers or len(set(self.feature_layers)) < len(self.feature_layers):
             raise ValueError(f"`feature_layers` must be one or more layers, none twice, got {self.feature_layers}.")
-        for f in dataclasses.fields(self):
-            if get_origin(f.type) is Literal and getattr(self, f.name) not in (allowed := get_args(f.type)):
-                raise ValueError(f"`{f.name}` must be one of {', '.join(allowed)}, got {getattr(self, f.name)!r}.")
+        for name, value in (self.decoding or {}).items():
+            if name not in _DECODING or not isinstance(value, _DECODING[name] | None):
+                allowed = ", ".join(f"{known} ({kind.__name__})" for known, kind in _DECODING.items())
+                raise ValueError(f"`decoding` may have {allowed}, got {{{name!r}: {value!r}}}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `proxy_config.json`."""
@@ -110,7 +111,10 @@ class ProxyConfig:
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"{CONFIG_NAME} of {folder_or_id} has unknown keys: {', '.join(sorted(unknown))}.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{CONFIG_NAME} of {folder_or_id}: {error}") from error
 
 
 def proxy_file(folder_or_id: str | os.PathLike, name: str, **hub_kwargs) -> str:

@@ -1,9 +1,12 @@
-"""Numbers in a configuration: of the kind that the field takes, no NaN, and within the field's bounds."""
+"""Values of the types that their fields take: in a configuration, within the field's bounds, and in what was read from
+JSON."""
 
 import dataclasses
 import functools
+import json
 import math
 import typing
+from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any
@@ -16,24 +19,30 @@ _BOUNDS = {
         "per_device_eval_batch_size gradient_accumulation_steps replay_rollouts rollout_batch_size "
         "reward_shaping_tokens batch_size best_of num_prompts num_pair_prompts samples_per_prompt "
         "sampling_batch_size jobs lora_r lora_alpha dataset_num_proc precompute_ref_batch_size pad_to_multiple_of "
-        "num_completions_to_print"
+        "num_completions_to_print save_total_limit torch_empty_cache_steps ddp_bucket_cap_mb ref_model_sync_steps "
+        "dataloader_prefetch_factor eval_accumulation_steps"
     ),
+    "at least 1, or -1 to train for `num_train_epochs`": "max_steps",
     "at least 0": (
         "learning_rate weight_decay adam_epsilon max_grad_norm vf_coef beta warmup_steps seed data_seed seeds top_k "
-        "initial_accept_bias eval_delay dataloader_num_workers"
+        "initial_accept_bias eval_delay dataloader_num_workers "
+        "neftune_noise_alpha router_aux_loss_coef"
     ),
     "above 0": (
         "temperature epsilon epsilon_high cliprange_value missing_eos_penalty reward_timeout max_train_seconds "
-        "repetition_penalty num_train_epochs eval_steps save_steps ddp_timeout"
+        "repetition_penalty num_train_epochs eval_steps save_steps logging_steps ddp_timeout"
     ),
-    "in [0, 1]": "gamma gae_lambda adam_beta1 adam_beta2 min_p lora_dropout",
+    "in [0, 1]": "gamma gae_lambda adam_beta1 adam_beta2 min_p lora_dropout ref_model_mixup_alpha",
+    "in (0, 1]": "top_p p_t",
 }
 BOUNDS = {name: allowed for allowed, names in _BOUNDS.items() for name in names.split()}
 _IS_ALLOWED = {
     "at least 1": lambda x: x >= 1,
     "at least 0": lambda x: x >= 0,
     "above 0": lambda x: x > 0,
+    "at least 1, or -1 to train for `num_train_epochs`": lambda x: x >= 1 or x == -1,
     "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
 }
 # Limits: infinity is no limit.
 _MAY_BE_INFINITE = (
@@ -42,34 +51,86 @@ _MAY_BE_INFINITE = (
 )
 
 
+# Options that take a file's path in place of a dict.
+DICT_OR_PATH = ("accelerator_config", "deepspeed", "fsdp_config")
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text is the JSON of a dict."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 @functools.cache
-def _number_hints(kind: type) -> dict[str, tuple[bool, bool, bool, bool]]:
-    """Fields that take numbers alone: name -> whether they take one number, several, fractions, None."""
-    found = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-        several = [typing.get_args(one) for one in kinds if typing.get_origin(one) in (list, tuple)]
-        numbers = {*(one for one in kinds if typing.get_origin(one) is None and one is not NoneType)}
-        numbers.update(part for parts in several for part in parts if part is not Ellipsis)
-        if numbers and numbers <= {int, float}:
-            single = any(one in (int, float) for one in kinds)
-            found[name] = single, bool(several), float in numbers, NoneType in kinds
-    return found
+def _kinds(kind: type) -> dict[str, tuple]:
+    """The kinds of values that each field of a dataclass takes, of the fields that take what JSON has."""
+    found = {name: _alternatives(hint) for name, hint in typing.get_type_hints(kind).items()}
+    return {name: kinds for name, kinds in found.items() if all(map(_is_of_json, kinds))}
+
+
+def _alternatives(hint) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+
+
+def _parts(kind) -> list:
+    """The kinds of a list's items; none if they may be anything."""
+    return [one for part in typing.get_args(kind) if part is not Ellipsis for one in _alternatives(part)]
+
+
+def _is_of_json(kind: Any) -> bool:
+    origin = typing.get_origin(kind) or kind
+    if origin in (list, tuple):
+        return all(map(_is_of_json, _parts(kind)))
+    return origin in (bool, int, float, str, dict, NoneType, typing.Literal)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = typing.get_origin(kind) or kind
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if origin in (list, tuple):
+        parts = _parts(kind)
+        if isinstance(value, str):  # TRL and PEFT take one text for a list of one
+            return str in parts
+        return isinstance(value, list | tuple) and all(
+            not parts or any(_fits(one, part) for part in parts) for one in value
+        )
+    if origin in (int, float):
+        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
+    return isinstance(value, origin)
+
+
+def _named(kind: Any, several: bool = False) -> str:
+    origin = typing.get_origin(kind) or kind
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if origin in (list, tuple):
+        return f"a list of {' or '.join(dict.fromkeys(_named(part, True) for part in _parts(kind))) or 'values'}"
+    one, more = {
+        int: ("a whole number", "whole numbers"),
+        float: ("a number", "numbers"),
+        bool: ("true or false", "true or false"),
+        str: ("text", "texts"),
+        dict: ("a dict", "dicts"),
+    }[origin]
+    return more if several else one
 
 
 def check_values(config) -> None:
-    """Checks the fields of a dataclass that take numbers, and those named above.
+    """Checks the fields of a dataclass: their kinds, and the bounds above.
 
     Raises:
-        ValueError: a text, a list or a fraction where there must be a number, a list, a whole number; NaN; a number
-            out of its bounds. The message names the field, its value and what is allowed.
+        ValueError: a value of another kind than the field's, such as a text for a number or a number for a dict; NaN;
+            a number out of its bounds. The message names the field, its value and what is allowed.
     """
-    hints = _number_hints(config.__class__)
+    kinds = _kinds(config.__class__)
     for field in dataclasses.fields(config):
         if (value := getattr(config, field.name, None)) is field.default:
             continue
-        if field.name in hints:
-            _check_kind(field.name, value, *hints[field.name])
+        if field.name in kinds and isinstance(value, Real | str | list | tuple | dict | NoneType):
+            _check_kind(field.name, value, kinds[field.name])
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, Real) and not isinstance(number, bool):
                 _check_bounds(field.name, value, number)
@@ -78,17 +139,12 @@ def check_values(config) -> None:
         raise ValueError(f"`reward_clip_range` must be a smaller and a larger number, got {low_high}.")
 
 
-def _check_kind(name: str, value: Any, single: bool, several: bool, fractions: bool, optional: bool) -> None:
-    def fits(number) -> bool:
-        return isinstance(number, Real if fractions else Integral) and not isinstance(number, bool)
-
-    if value is None and optional:
-        return
-    if (single and fits(value)) or (several and isinstance(value, list | tuple) and all(map(fits, value))):
-        return
-    number = "number" if fractions else "whole number"
-    kind = f"a list of {number}s" if several and not single else f"a {number}"
-    raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
+def _check_kind(name: str, value: Any, kinds: tuple) -> None:
+    of_dict = dict in [typing.get_origin(kind) or kind for kind in kinds]
+    is_wrong_text = of_dict and isinstance(value, str) and name not in DICT_OR_PATH and not is_json_object(value)
+    if is_wrong_text or not any(_fits(value, kind) for kind in kinds):
+        allowed = [kind for kind in kinds if kind is not NoneType and not (of_dict and kind is str)]
+        raise ValueError(f"`{name}` must be {' or '.join(map(_named, allowed))}, got {value!r}.")
 
 
 def _check_bounds(name: str, value: Any, number: Any) -> None:
@@ -96,3 +152,65 @@ def _check_bounds(name: str, value: Any, number: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number, got {value}.")
     if name in BOUNDS and not _IS_ALLOWED[BOUNDS[name]](number):
         raise ValueError(f"`{name}` must be {BOUNDS[name]}, got {value}.")
+
+
+# What JSON may hold where a type is asked for, and what it is called.
+_JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    str: (str, "a text"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    list: (list, "a list"),
+    dict: (dict, "an object"),
+    NoneType: (NoneType, "null"),
+}
+
+
+def type_flaw(value: Any, hint: Any, name: str) -> str | None:
+    """
+    What is wrong with a value read from JSON, None if nothing is.
+
+    Args:
+        hint: its type: one of `_JSON_TYPES`, a list or dict of one, a tuple (a list of that length), a union, `Any`,
+            or a `TypedDict`, whose further keys may be anything.
+        name: of the value, as the sentence has it.
+    """
+    if hint is Any:
+        return None
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    fitting = [kind for kind in kinds if _is_json(value, typing.get_origin(kind) or kind)]
+    if not fitting:
+        shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+        names = [_JSON_TYPES[_container(typing.get_origin(kind) or kind)][1] for kind in kinds]
+        return f"{name} must be {' or '.join(names)}, got {shown}"
+    return next(_part_flaws(value, fitting[0], name), None)
+
+
+def _container(kind: Any) -> type:
+    return dict if typing.is_typeddict(kind) else list if kind is tuple else kind
+
+
+def _is_json(value: Any, kind: Any) -> bool:
+    is_number = _container(kind) in (int, float)
+    return isinstance(value, _JSON_TYPES[_container(kind)][0]) and not (is_number and isinstance(value, bool))
+
+
+def _part_flaws(value: Any, kind: Any, name: str) -> Iterator[str]:
+    """The flaws of what a list or an object holds."""
+    parts = typing.get_args(kind)
+    named: Iterable[tuple[str, Any, Any]] = ()
+    if typing.is_typeddict(kind):
+        if missing := sorted(kind.__required_keys__ - value.keys()):
+            yield f"{name} lacks {', '.join(missing)}"
+        named = [(key, value[key], hint) for key, hint in typing.get_type_hints(kind).items() if key in value]
+    elif isinstance(value, dict) and parts:
+        named = [(key, part, parts[1]) for key, part in value.items()]
+    elif typing.get_origin(kind) is tuple:
+        if len(value) != len(parts):
+            yield f"{name} must have {len(parts)} entries, got {len(value)}"
+        named = [(str(i), part, hint) for i, (part, hint) in enumerate(zip(value, parts))]
+    elif isinstance(value, list) and parts:
+        named = ((str(i), part, parts[0]) for i, part in enumerate(value))
+    for key, part, hint in named:
+        if flaw := type_flaw(part, hint, f"{name}.{key}" if name else key):
+            yield flaw

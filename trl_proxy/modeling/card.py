@@ -53,6 +53,16 @@ _MEASURED = {
 }
 
 
+def _without_marks(text: str) -> str:
+    """The text with no mark in it, whatever the values in it hold."""
+    return text.replace("<!--", "<! --")
+
+
+def _literal(value: str) -> str:
+    """A text as a literal of JSON and of Python that holds no mark."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
 def _plain(value) -> str:
     """A value as text of one line that cannot end the code or the list in which it stands."""
     return " ".join(str(value).replace("`", "'").split())
@@ -87,19 +97,26 @@ def proxy_card(
         datasets=[dataset] if dataset and "/" in dataset and not os.path.exists(dataset) else None,
         model_name=name,
     )
-    text = _TEXT.format(
-        name=name or "proxy",
-        base=_plain(base),
-        base_argument=json.dumps(base),  # a literal of Python too
-        revision=f" (revision `{_plain(revision)}`)" if revision else "",
-        revision_argument=f", revision={json.dumps(revision)}" if revision else "",
-        trainable=trainable,
-        share=100 * trainable / (total - trainable),
-        training=training,
-        settings="\n".join(f"- `{k}`: {_plain(v)}" for k, v in dataclasses.asdict(config).items() if v is not None),
-        results=f"{_BEGIN}\n{_END}",
-        citation=CITATION,
-    )
+
+    def filled(template: str) -> str:
+        text = template.format(
+            name=name or "proxy",
+            base=_plain(base),
+            base_argument=_literal(base),
+            revision=f" (revision `{_plain(revision)}`)" if revision else "",
+            revision_argument=f", revision={_literal(revision)}" if revision else "",
+            trainable=trainable,
+            share=100 * trainable / (total - trainable),
+            training=training,
+            settings="\n".join(
+                f"- `{k}`: {_plain(v)}" for k, v in dataclasses.asdict(config).items() if v is not None
+            ),
+            citation=CITATION,
+        )
+        return _without_marks(text)
+
+    before, after = map(filled, _TEXT.split("{results}"))
+    text = f"{before}{_BEGIN}\n{_END}{after}"
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
@@ -133,8 +150,8 @@ def add_results(path: str | os.PathLike, record: dict) -> None:
     card.data.eval_results = results
     before, _, rest = card.text.partition(_BEGIN)
     heading = (
-        f"Measured on {record['n_prompts']} prompts ({record['dataset']}) with the reward `{record['reward_model']}`, "
-        f"greedy decisions, at most {record['max_new_tokens']} new tokens:"
+        f"Measured on {record['n_prompts']} prompts ({_plain(record['dataset'])}) with the reward "
+        f"`{_plain(record['reward_model'])}`, greedy decisions, at most {record['max_new_tokens']} new tokens:"
     )
-    card.text = "\n".join([before + _BEGIN, heading, "", *lines, _END + rest.partition(_END)[2]])
+    card.text = "\n".join([before + _BEGIN, _without_marks(heading), "", *lines, _END + rest.partition(_END)[2]])
     write_text(path, str(card))

@@ -24,6 +24,7 @@ from ..core.rollout import Rollout
 from ..decoding.generate import gated_generate
 from ..decoding.hidden_states import HiddenStateHook, input_embeddings, without_peft
 from ..decoding.pooling import cached_sums, length_of, with_mean
+from ..files import loading_model
 from .outputs import ProxyOutput
 from .saving import check_trained_over, push_proxy, save_proxy
 from .with_proxies import ModelWithProxies
@@ -406,7 +407,9 @@ class ProxyModelForCausalLM(ModelWithProxies, GenerationMixin):
         config = ProxyConfig.from_pretrained(folder_or_id, **hub_kwargs)
         weights = proxy_file(folder_or_id, WEIGHTS_NAME, **hub_kwargs)
         if isinstance(lm, (str, os.PathLike)):
-            lm = AutoModelForCausalLM.from_pretrained(lm, **kwargs)
+            name = lm
+            with loading_model(name):
+                lm = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         model = cls(lm, config)
         if check_base_model:
             check_trained_over(lm, config, model.proxy_config, folder_or_id)

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from trl import is_conversational
 from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
+from ..devices import device_in_use, random_state_of, set_random_state
 from .checks import RewardError, check_rewards, check_weights, name_prompt, shorten
 from .classifier import ClassifierReward
 
@@ -62,16 +63,17 @@ def _own_random_state() -> Iterator[None]:
     """Lets a reward draw random numbers without any effect on what is drawn afterwards. Its numbers follow from the
     state before: a resumed run draws the same ones."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        seed = int(torch.randint(2**31, ()))
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    device = device_in_use()
+    drawn_from = random_state_of(device)
+    seed = int(torch.randint(2**31, ()))
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        set_random_state(device, drawn_from)
 
 
 @functools.cache

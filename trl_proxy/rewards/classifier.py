@@ -1,14 +1,12 @@
 """Reward models: sequence classifiers with one label, of the hub or the disk, as reward functions."""
 
-import os
-
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, logging
 from trl import apply_chat_template, is_conversational
 
+from ..files import loading_model
 from ..prompts import check_chat_template, length_buckets
 from .checks import RewardError, name_prompt
 
@@ -132,16 +130,8 @@ def load_tokenizer_of(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a reward model; `ValueError` if there is none."""
-    try:
+    with loading_model(name, "tokenizer of the reward model", "put the tokenizer's files there"):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The tokenizer of the reward model {name} cannot be loaded ({_first_line(error)})."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".:")
 
 
 def _check_labels(name: str, n_labels: int) -> None:
@@ -154,32 +144,24 @@ def _check_labels(name: str, n_labels: int) -> None:
 
 def _load_classifier(name: str, kwargs: dict) -> torch.nn.Module:
     """The classifier, after a check that its head was loaded and not drawn anew."""
-    if os.path.isdir(name):
-        if not any(os.path.isfile(os.path.join(name, file)) for file in ("config.json", ADAPTER_CONFIG_NAME)):
-            raise ValueError(f"The folder {name} holds no reward model: it has no config.json.")
-    elif os.path.exists(name) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ValueError(f"The reward model {name} is neither a folder nor a model id of the hub.")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what was not loaded is told below, in one sentence
+    remedy = "give the folder or the hub id of a sequence classifier, or the dotted path of a reward function"
     try:
-        adapter = PeftConfig.from_pretrained(name) if find_adapter_config_file(name) else None
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            adapter.base_model_name_or_path if adapter else name,
-            num_labels=1,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **{"dtype": "auto", **kwargs},
-        )
-        missing = set(loading["missing_keys"])
-        if adapter:
-            trained = tuple(adapter.modules_to_save or ())
-            missing = {key for key in missing if not key.startswith(trained)}
-            model = PeftModel.from_pretrained(model, name).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(
-            f"The reward model {name} cannot be loaded ({_first_line(error)}): give the folder or the hub id of a "
-            "sequence classifier, or the dotted path of a reward function."
-        ) from error
+        with loading_model(name, "reward model", remedy):
+            adapter = PeftConfig.from_pretrained(name) if find_adapter_config_file(name) else None
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                adapter.base_model_name_or_path if adapter else name,
+                num_labels=1,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **{"dtype": "auto", **kwargs},
+            )
+            missing = set(loading["missing_keys"])
+            if adapter:
+                trained = tuple(adapter.modules_to_save or ())
+                missing = {key for key in missing if not key.startswith(trained)}
+                model = PeftModel.from_pretrained(model, name).merge_and_unload()
     finally:
         logging.set_verbosity(verbosity)
     for key, found, _ in loading["mismatched_keys"]:

@@ -130,13 +130,14 @@ def load_datasets(run_args: RunArguments, training_args) -> tuple[Dataset, Datas
     both."""
     train = load_split(run_args, run_args.dataset_train_split)
     check_work(training_args, train)
-    if training_args.eval_strategy == "no":
+    strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)
+    if strategy == "no":
         return train, None
     try:
         test = load_split(run_args, run_args.dataset_test_split)
     except UnknownSplit as error:
         raise ValueError(
-            f"--eval_strategy {training_args.eval_strategy} has no prompts to evaluate on ({str(error)[:-1]}): as in "
+            f"--eval_strategy {strategy} has no prompts to evaluate on ({str(error)[:-1]}): as in "
             "--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]', or without evaluation by "
             "--eval_strategy no."
         ) from None
@@ -193,8 +194,6 @@ def load_policy(model_args: ModelConfig, args, device: str | torch.device):
     name, further = model_args.model_name_or_path or EMBEDDED, getattr(args, "model_init_kwargs", None) or {}
     if clash := sorted(further.keys() & _FLAGS.keys()):
         raise ValueError(f"`model_init_kwargs` must not set `{clash[0]}`: use {_FLAGS[clash[0]]}.")
-    if name == EMBEDDED and model_args.model_revision != "main":
-        raise ValueError(f"The embedded LM has no revision {model_args.model_revision}: leave out --model_revision.")
     # TRL's 4 bit computes in the dtype of the arguments and has no `auto`.
     computed = model_args
     if model_args.dtype == "auto":
@@ -211,10 +210,10 @@ def load_policy(model_args: ModelConfig, args, device: str | torch.device):
             attn_implementation=model_args.attn_implementation,
             **further,
         )
-    except TypeError as error:
-        if not further:
+    except ValueError as error:
+        if not further or not isinstance(error.__cause__, TypeError):
             raise
-        raise ValueError(f"`model_init_kwargs` {further} do not suit the LM {name} ({error}).") from error
+        raise ValueError(f"`model_init_kwargs` {further} do not suit the LM {name} ({error.__cause__}).") from error
 
 
 def to_device(lm, device):

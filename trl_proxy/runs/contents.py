@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from ..core.config import CONFIG_NAME, WEIGHTS_NAME
+from ..files import BESIDE_A_MODEL
 from ..loading import EMBEDDED
 from ..rewards.checks import TRL_REWARDS
 
@@ -23,16 +24,6 @@ from ..rewards.checks import TRL_REWARDS
 _NAMING = re.compile(r"(?<!base_model_name_or)_path$|^dataset_name$|^reward_funcs$")
 _DATASET = "dataset_name"
 _BLOCK, _BLOCKS = 1 << 20, 64
-# In a model's folder: what a training or a comparison wrote beside the model.
-_BESIDE_A_MODEL = {
-    "checksums.json",
-    "log.txt",
-    "pairs.json",
-    "run.json",
-    "train_results.json",
-    "trainer_state.json",
-    "training_args.bin",
-}
 _OF_A_MODEL = (".bin", ".jinja", ".json", ".model", ".py", ".safetensors", ".txt")
 
 
@@ -75,7 +66,7 @@ def _files(path: Path, key: str) -> Iterator[tuple[str, Path]]:
         yield from ((name, path / name) for name in (CONFIG_NAME, WEIGHTS_NAME) if (path / name).is_file())
     else:
         for file in path.iterdir():
-            if file.is_file() and file.suffix in _OF_A_MODEL and file.name not in _BESIDE_A_MODEL:
+            if file.is_file() and file.suffix in _OF_A_MODEL and file.name not in BESIDE_A_MODEL:
                 yield file.name, file
         with suppress(OSError, ValueError, KeyError):  # an adapter's LM
             base = Path(json.loads((path / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
@@ -126,7 +117,7 @@ def _commit(name: str, kind: str, revision: str) -> str | None:
     with suppress(Exception):  # no network, no such repository: whoever loads it will say so
         if commit := HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10).sha:
             return commit
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # a path that is not there is no name of the hub
         cached = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "refs", revision)
         return cached.read_text(encoding="utf-8").strip() or None
     return None

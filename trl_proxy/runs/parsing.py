@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from transformers import TrainingArguments
 from trl import TrlParser
 
-from ..core.values import check_values
+from ..core.values import DICT_OR_PATH, check_values, is_json_object
+from ..trainer.config import check_by_trying
 from .recipes import read_recipe
 
 # The options of TRL and transformers that most runs set; `--help_all` lists the rest.
@@ -74,7 +76,23 @@ def _or_none(convert: Callable) -> Callable:
     return convert_or_none
 
 
+def _json_object(kinds: dict, or_path: bool) -> Callable:
+    """Reads the text of an option that takes a dict: JSON, which stays text if the option's kinds have that."""
+
+    def convert(text: str):
+        if not (or_path and not text.startswith("{")) and not is_json_object(text):
+            raise argparse.ArgumentTypeError(f"must be a JSON object, such as '{{\"seed\": 1}}', got {text}")
+        return text if str in kinds else json.loads(text)
+
+    convert.__name__ = "JSON"
+    return convert
+
+
 _BUILDING = threading.Lock()  # TRL's parser changes the types of the dataclasses' own fields and sets them again
+
+
+def _one_of(action: argparse.Action) -> str:
+    return f"one of {', '.join(map(str, action.choices or ()))}"
 
 
 class OneSentenceMixin:
@@ -86,7 +104,8 @@ class OneSentenceMixin:
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message):
-        raise ValueError(f"{message.rstrip('.')}.")
+        sentence = re.sub(r"^argument (--\w+)[^:]*: must", r"\1 must", message)
+        raise ValueError(f"{sentence.rstrip('.')}.")
 
 
 class RecipeParser(OneSentenceMixin, TrlParser):
@@ -105,7 +124,9 @@ class RecipeParser(OneSentenceMixin, TrlParser):
             if pair := self._kinds[name].get(tuple):
                 action.nargs, action.type = len(get_args(pair)), get_args(pair)[0]
             kind = getattr(action.type, "__name__", None)
-            if kind == "int":
+            if dict in self._kinds[name]:
+                action.type = _json_object(self._kinds[name], or_path=name in DICT_OR_PATH)
+            elif kind == "int":
                 action.type = _whole_number(action.type)
             elif kind == "string_to_bool" and type(None) in self._kinds[name]:
                 action.type = _or_none(action.type)
@@ -138,17 +159,18 @@ class RecipeParser(OneSentenceMixin, TrlParser):
     def _converted(self, action: argparse.Action, value: Any, where: str) -> Any:
         text = str(value).lower() if isinstance(value, bool) else str(value)
         convert: Callable = action.type if callable(action.type) else str
+        of_dict = dict in self._kinds[action.dest]
         try:
-            if value is None or isinstance(value, dict | list):
+            if value is None or isinstance(value, dict | list) or (of_dict and not isinstance(value, str)):
                 raise ValueError
             converted = convert(text)
         except (TypeError, ValueError, OverflowError, argparse.ArgumentTypeError) as error:
-            kind = {"str": "text", "string_to_bool": "true or false"}.get(convert.__name__, convert.__name__)
+            names = {"str": "text", "string_to_bool": "true or false", "JSON": "a mapping of names to values"}
+            kind = _one_of(action) if action.choices else names.get(convert.__name__, convert.__name__)
             given = "null" if value is None else repr(value)
             raise ValueError(f"{where}: `{action.dest}` must be {kind}, got {given}.") from error
         if action.choices is not None and converted not in action.choices:
-            choices = ", ".join(map(str, action.choices))
-            raise ValueError(f"{where}: `{action.dest}` must be one of {choices}, got {text!r}.")
+            raise ValueError(f"{where}: `{action.dest}` must be {_one_of(action)}, got {text!r}.")
         return converted
 
     @contextmanager
@@ -204,7 +226,9 @@ class RecipeParser(OneSentenceMixin, TrlParser):
                     value = self.coerce(name, value, str(path))
                     action = self._named[name]
                     # A mapping goes where the JSON of the command line goes.
-                    action.default = json.dumps(value) if isinstance(value, dict) and action.type is str else value
+                    action.default = (
+                        json.dumps(value) if isinstance(value, dict) and str in self._kinds[name] else value
+                    )
                     action.required = False
             try:
                 *configs, unknown = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
@@ -214,6 +238,8 @@ class RecipeParser(OneSentenceMixin, TrlParser):
             raise ValueError(f"{unknown[0]} is no option: --help_all or --help lists them.")
         for config in configs:
             check_values(config)
+            if isinstance(config, TrainingArguments):
+                check_by_trying(config)
         asked = self.asked(given, all_known=fail_with_unknown_args)
         for config, kind in zip(configs, self.dataclass_types, strict=True):
             if "asked" in {field.name for field in dataclasses.fields(kind)}:

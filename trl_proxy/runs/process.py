@@ -83,9 +83,14 @@ def launcher(command: str) -> list[str]:
     environment's, even if it is not activated.
 
     Raises:
-        ValueError: if there is no such program.
+        ValueError: if it is no command line, or there is no such program.
     """
-    program, *words = shlex.split(command) or [""]
+    try:
+        program, *words = shlex.split(command) or [""]
+    except ValueError as error:
+        raise ValueError(
+            f"--launch must be a command line, got {command!r} ({error}): close the quotation."
+        ) from error
     if program == "accelerate":
         return [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]
     if shutil.which(program) is None:

@@ -20,7 +20,8 @@ _SHOWN = (
 
 def logged_seconds(state: TrainerState) -> float:
     """How long a run has trained according to its log, including the parts before an interruption."""
-    return next((entry["train_seconds"] for entry in reversed(state.log_history) if "train_seconds" in entry), 0.0)
+    logged = (entry.get("train_seconds") for entry in reversed(state.log_history))
+    return next((seconds for seconds in logged if seconds is not None), 0.0)
 
 
 def _duration(seconds: float) -> str:

@@ -60,6 +60,8 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or error
         raise ValueError(f"{path} is no YAML ({problem}{f', line {mark.line + 1}' if mark else ''}).") from error
+    except OSError as error:
+        raise ValueError(f"The recipe {path} cannot be read ({error.strerror}): check the path.") from error
     if recipe is None:
         raise ValueError(f"{path} is empty: write a setting in it, such as `seed: 1`, or leave out --config.")
     if not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):

@@ -9,12 +9,14 @@ import shutil
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..core.config import CONFIG_NAME
+from ..core.values import type_flaw
 from ..devices import is_main_process
 from ..files import damaged_files
 from ..trainer.checkpoints import PARTIAL_DIR, REWARD_FAILED, RUN_FILE, UPLOAD_DIR
@@ -71,6 +73,45 @@ _MODEL_FILES = (
     "README.md",
 )
 _RECORD_FILES = (RESULTS_FILE, TRAINER_STATE_NAME, LOG_FILE, "training_args.bin")
+
+
+class _RunFile(TypedDict, total=False):
+    """What is read of a run.json; the further settings are compared alone."""
+
+    method: str
+    seed: int
+    num_processes: int
+    use_peft: bool
+    lora_r: int
+    proxy_name_or_path: str | None
+    generation_kwargs: dict | None
+    chat_template_kwargs: dict | None
+    repetition_penalty: float | None
+    cache_implementation: str | None
+    max_completion_length: int | None
+    system_prompt: str | None
+    asked: dict | None
+    contents: dict[str, list[str]]
+    versions: dict[str, str | None]
+
+
+class _ResultsFile(TypedDict):
+    episodes: float
+    steps: int
+    train_seconds: NotRequired[float | None]
+    train_peak_memory_mb: NotRequired[float | None]
+
+
+class _LogEntry(TypedDict):
+    step: int
+    train_seconds: NotRequired[float | None]
+
+
+class _StateFile(TypedDict):
+    log_history: list[_LogEntry]
+
+
+_FILES: dict[str, Any] = {RUN_FILE: _RunFile, RESULTS_FILE: _ResultsFile, TRAINER_STATE_NAME: _StateFile}
 
 
 def identity(*configs) -> dict:
@@ -304,15 +345,21 @@ def changed_keys(before: dict, now: dict) -> list[str]:
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """The JSON object in a file that a training script wrote; `ValueError` if it is damaged."""
+def read_json(path: str | os.PathLike, remedy: str = "take it from a copy, or train anew in another --output_dir"):
+    """The JSON object in a file that a training script wrote, with values of the types that belong there.
+
+    Raises:
+        ValueError: it is damaged; one sentence that names the file and, if it is JSON, the key.
+        OSError: it cannot be read.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: take it from a copy, or train anew in another --output_dir.")
+        flaw = type_flaw(values, _FILES.get(os.path.basename(path), dict), "")
+    except (ValueError, RecursionError) as error:
+        flaw = str(error)
+    if flaw:
+        raise ValueError(f"{path} is damaged ({flaw.strip()}): {remedy}.")
     return values
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 from trl import RLOOTrainer
-from trl.trainer.utils import RepeatSampler
 
 from ..devices import exact_dtype, warn_of_emulation
 from .advantages import gae, step_rewards
@@ -26,14 +25,6 @@ from .reward_guards import RewardGuardMixin
 
 # Moments from which the critic's explained variance is computed.
 _RETURN, _RETURN_SQUARED, _ERROR, _ERROR_SQUARED = "return", "return squared", "error", "error squared"
-
-
-class _EpochSampler(RepeatSampler):
-    """TRL's sampler. Its order depends only on the epoch, so a resumed run sees the same prompts."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOOTrainer):
@@ -231,18 +222,6 @@ class ActorCriticTrainer(PromptCheckMixin, DecodingMixin, RewardGuardMixin, RLOO
             return loss
         # Micro-batches are added up, and the processes' gradients averaged.
         return loss * mask.sum() * (self.accelerator.num_processes / max(inputs["update_steps"], 1))
-
-    # Data order
-
-    def _get_train_sampler(self, dataset=None):
-        return _EpochSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-        )
 
 
 def _refuse_processor(processing_class) -> None:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
+from trl.trainer.utils import RepeatSampler
 
 from ..files import WriteError, flush_to_disk, make_readable, write_checksums, write_text, writing
 
@@ -73,6 +74,14 @@ class BetweenRollouts(TrainerCallback):
         if now:
             self.save = self.evaluate = False
         return control
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler. Its order depends only on the epoch, so a resumed run sees the same prompts."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)
 
 
 class AtomicCheckpointMixin(Trainer):

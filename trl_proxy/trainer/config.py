@@ -2,12 +2,31 @@
 
 from dataclasses import dataclass, field
 
+import torch
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from trl import RLOOConfig
 
 from ..core.values import check_values
 from ..decoding.settings import check_generation_kwargs
 from ..devices import DeviceDefaults
 from . import fields
+
+
+def check_by_trying(args: TrainingArguments) -> None:
+    """`ValueError` for a schedule of the learning rate, or a way to compile, that cannot be made."""
+    schedule, options = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
+    given = f"`lr_scheduler_type={schedule.value}` with `lr_scheduler_kwargs={options}`"
+    try:
+        if options and schedule in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+            raise ValueError("it takes none")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        get_scheduler(schedule, optimizer, 0, num_training_steps=10**6, scheduler_specific_kwargs=options)
+        if args.torch_compile:
+            backend, mode = args.torch_compile_backend, args.torch_compile_mode
+            given = f"`torch_compile_backend={backend}` with `torch_compile_mode={mode}`"
+            torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+    except (ArithmeticError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{given} cannot be used ({' '.join(str(error).split())}): correct them.") from error
 
 
 @dataclass

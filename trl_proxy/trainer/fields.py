@@ -126,9 +126,11 @@ PPO = {
         "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
         "batch_eval_metrics label_names",
     ),
-    **_fields("no effect", "the log counts tokens always, as `num_tokens`", "include_num_input_tokens_seen"),
+    **_fields(
+        "no effect", "the log counts tokens always, as `num_tokens`", "include_num_input_tokens_seen", same=(False,)
+    ),
     **_fields("no effect", "prompts are not drawn by their length", "length_column_name"),
-    **_fields("no effect", "each device's loss is the mean over its own steps", "average_tokens_across_devices"),
+    **_fields("no effect", "the loss is a mean over the steps of all devices anyway", "average_tokens_across_devices"),
     **_fields(
         "no effect", "`train()` trains, and `eval_strategy` says when to evaluate", "do_train do_eval do_predict"
     ),

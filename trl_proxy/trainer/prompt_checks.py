@@ -9,11 +9,6 @@ from ..prompts import check_chat_template, check_dataset, check_prompts, positio
 
 def check_work(args, train_dataset: Any = None) -> None:
     """`ValueError` if the training arguments, or too few prompts for one rollout, leave nothing to train on."""
-    if args.max_steps == 0:
-        raise ValueError(
-            "`max_steps` is 0, which trains nothing: give a number of steps, or leave it out to train "
-            f"num_train_epochs={args.num_train_epochs:g}."
-        )
     if args.max_steps < 0 and args.num_train_epochs <= 0:
         raise ValueError(f"`num_train_epochs` must be above 0, got {args.num_train_epochs:g}: it would train nothing.")
     if not isinstance(train_dataset, Dataset):

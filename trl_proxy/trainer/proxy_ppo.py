@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase, is_wandb_available
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import BEMACallback
-from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..core.config import WEIGHTS_NAME, proxy_file
 from ..core.features import places_of
 from ..core.rollout import Decisions, Rollout
 from ..devices import exact_dtype
-from ..modeling.card import CITATION, proxy_card
+from ..modeling.card import CITATION
 from ..modeling.causal_lm import ProxyModelForCausalLM
 from ..modeling.proxies import WeightedProxy
 from .actor_critic import ActorCriticTrainer
+from .card import training_card
 from .config import ProxyPPOConfig
 from .decoding import settings_of
 from .fields import ARGUMENTS
@@ -240,39 +240,8 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """Writes the card of a proxy, in place of TRL's card of a fine-tuned model."""
-        if not self.is_world_process_zero():
-            return
-        rewards = ", ".join(
-            f"{weight:g} x `{name}`"
-            for name, weight in zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
-        )
-        measured = [log["eval_reward"] for log in self.state.log_history if "eval_reward" in log]
-        training = (
-            f"It was trained by PPO with `trl-proxy` on {dataset_name or 'the prompts given to the trainer'} for "
-            f"{self.state.global_step} steps, on the reward {rewards}."
-        )
-        if measured:
-            training += (
-                f" On the validation prompts the reward was {measured[0]:.3f} at first, {max(measured):.3f} at best."
-            )
-        links = training_links()
-        if links:
-            training += f" Its training is logged at {', '.join(f'[{name}]({url})' for name, url in links.items())}."
-        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
-        if "JOB_ID" in os.environ:
-            tags.append("hf_jobs")
-        if "Trackio" in links:
-            tags.append(f"trackio:{links['Trackio']}")
-        card = proxy_card(
-            self.model.proxy_config,
-            *self.model.get_nb_trainable_parameters(),
-            revision=getattr(self.model.lm.config, "_commit_hash", None),
-            training=training,
-            name=model_name,
-            dataset=dataset_name,
-            tags=list(dict.fromkeys(tags)),
-        )
-        card.save(os.path.join(self.args.output_dir, "README.md"))
+        if self.is_world_process_zero():
+            training_card(self, model_name, dataset_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.accelerator.unwrap_model(self.model if model is None else model)
@@ -280,16 +249,6 @@ class ProxyPPOTrainer(ActorCriticTrainer):
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def training_links() -> dict[str, str]:
-    """Tracker -> where it shows this process's run, as TRL's own cards say it."""
-    urls = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
-    if is_wandb_available():
-        import wandb
-
-        urls["Weights & Biases"] = wandb.run.url if wandb.run is not None else None
-    return {name: url for name, url in urls.items() if url}
 
 
 def _refuse_bema(callback) -> None:

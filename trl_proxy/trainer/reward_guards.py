@@ -14,7 +14,7 @@ from ..ranks import all_or_none
 from ..rewards.caller import RewardCaller
 from ..rewards.checks import RewardError
 from ..rewards.classifier import ClassifierReward
-from .checkpoints import REWARD_FAILED, AtomicCheckpointMixin
+from .checkpoints import REWARD_FAILED, AtomicCheckpointMixin, EpochSampler
 from .metrics import RowMetricsMixin
 
 
@@ -91,6 +91,16 @@ class RewardGuardMixin(RowMetricsMixin, AtomicCheckpointMixin):
             columns = [name for name in columns if name in ("prompt", "image", "images")]
         prompts = dataset["prompt"] if "prompt" in columns and hasattr(dataset, "__len__") else []
         self.reward_caller.check(columns, prompts[0] if len(prompts) else None)
+
+    def _get_train_sampler(self, dataset=None):
+        return EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
 
     def _check_logits(self, prompts) -> None:
         """`ValueError` on every process if the LM's logits in this rollout were not finite on any process. Only the

@@ -56,13 +56,14 @@ def test_training_curve_of_several_rewards(tmp_path, figures):
     assert [line.get_xydata().tolist() for line in below.lines] == [[[1.0, 2.0], [2.0, 4.0]], [[2.0, 9.0]]]
 
 
-def test_methods_are_compared_by_the_rewards_they_share(tmp_path, figures):
+@pytest.mark.parametrize("nothing", [float("nan"), None])
+def test_methods_are_compared_by_the_rewards_they_share(tmp_path, figures, nothing):
     """What each weighs, and draws, differently has no axis in common; a batch without such prompts has no mean."""
     logs = {}
     for name, extra in (("x", "c"), ("y", "d")):
         path = tmp_path / f"{name}.json"
         entry = {"reward": 1.0, "rewards/b/mean": 2.0, "rewards/a/mean": 3.0, f"rewards/{extra}/mean": 4.0}
-        history = [{"step": 1, **entry}, {"step": 2, **entry, "rewards/a/mean": float("nan")}]
+        history = [{"step": 1, **entry}, {"step": 2, **entry, "rewards/a/mean": nothing}]
         path.write_text(json.dumps({"log_history": history}))
         logs[name] = [TrainingLog(path, 1.0)]
     plot_training_curve(logs, "curve")
@@ -199,8 +200,11 @@ def _write(path, content):
     ("damage", "message"),
     [
         (lambda f: (f / "a" / "train_results.json").unlink(), "train_results.json cannot be read .*let the training"),
-        (lambda f: _write(f / "a" / "proxy_config.json", '{"p_t": 0.'), "proxy_config.json cannot be read"),
-        (lambda f: _write(f / "a" / "proxy_config.json", "[]"), "proxy_config.json holds no JSON object"),
+        (lambda f: _write(f / "a" / "proxy_config.json", '{"p_t": 0.'), r"proxy_config.json is damaged \(Expecting"),
+        (
+            lambda f: _write(f / "a" / "proxy_config.json", "[]"),
+            r"proxy_config.json is damaged \(must be an object, got \[\]\)",
+        ),
         (lambda f: _write(f / "a" / "proxy_config.json", '{"p_t": "x"}'), "has no number for 'p_t'"),
         (lambda f: (f / "a" / "records" / "proxy.json").unlink(), "must hold one proxy's record"),
         (lambda f: _write(f / "a" / "records" / "sft.json", '{"method": "s'), "sft.json is no whole JSON file"),

@@ -33,6 +33,25 @@ def test_bad_values_are_named(field, value):
         ProxyConfig(**{field: value})
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"decoding": 5}, "`decoding` must be a dict, got 5"),
+        ({"decoding": {"generation_kwargs": [1]}}, "`decoding` may have .*, got {'generation_kwargs': \\[1\\]}"),
+        ({"decoding": {"chat_template_kwargs": 5}}, "`decoding` may have .*, got {'chat_template_kwargs': 5}"),
+        ({"decoding": {"system_prompt": 5}}, "`decoding` may have .*, got {'system_prompt': 5}"),
+        ({"decoding": {"foo": 1}}, "`decoding` may have .*, got {'foo': 1}"),
+        ({"pooled_features": "no"}, "`pooled_features` must be true or false, got 'no'"),
+        ({"base_model_sha256": 5}, "`base_model_sha256` must be text, got 5"),
+    ],
+)
+def test_a_bad_value_of_a_downloaded_proxy(values, message, tmp_path):
+    (tmp_path / "proxy_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"^proxy_config.json of {tmp_path}: {message}"):
+        ProxyConfig.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "values",
     [{"p_t": 1.0}, {"p_t": 1e-9}, {"max_candidates": 1}, {"temperature": 0.01}, {"initial_accept_bias": 0.0}],

@@ -58,7 +58,8 @@ def test_the_lm_and_its_revision_are_named(base, on_hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "base", ['x"); import os; os.system("id")  #', "a\nb", "C:\\models\\lm", "`x` ```\n# title", "\ud7ff\u2028é'"]
+    "base",
+    ['x"); import os; os.system("id")  #', "a\nb", "C:\\models\\lm", "`x` ```\n# title", "\ud7ff\u2028é'", "<!-- x"],
 )
 def test_a_name_from_a_downloaded_proxy_is_text_alone(base):
     """In the Python block it is one literal, and it ends no code or line around it."""
@@ -70,3 +71,23 @@ def test_a_name_from_a_downloaded_proxy_is_text_alone(base):
     assert ast.literal_eval(call.args[0]) == base
     assert ast.literal_eval(call.keywords[0].value) == base
     assert [line for line in card.text.splitlines() if line.startswith("#")] == ["# proxy"]
+
+
+@pytest.mark.parametrize(
+    "mark", ["<!-- results -->", "<!-- end of results -->", "x<!-- results -->\n<!-- results -->"]
+)
+@pytest.mark.parametrize("where", ["base", "revision", "training", "name", "dataset", "reward_model"])
+def test_no_value_stands_for_the_marks_around_the_results(tmp_path, where, mark):
+    """The results are replaced, and nothing else is, whoever wrote the names."""
+    path = tmp_path / "README.md"
+    of_card = {where: mark} if where in ("revision", "training", "name") else {}
+    proxy_card(config(base_model_name_or_path=mark if where == "base" else "lm"), 5, 1005, **of_card).save(path)
+    before = ModelCard.load(path).text
+    record = RECORD | ({where: mark} if where in RECORD else {})
+    add_results(path, record)
+    once = path.read_text()
+    add_results(path, record)
+    assert path.read_text() == once
+    text = ModelCard.load(path).text
+    assert [text.count(x) for x in ("<!-- results -->", "<!-- end of results -->")] == [1, 1]
+    assert all(line in text for line in before.splitlines())

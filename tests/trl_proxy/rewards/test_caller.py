@@ -187,6 +187,22 @@ def test_random_numbers_of_a_reward_change_none_of_others(kind):
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+@pytest.mark.parametrize("in_use", [True, False])
+def test_random_numbers_of_a_reward_change_none_of_the_accelerators(monkeypatch, kind, in_use):
+    """Without one, a generator of the CPU stands for its own. A device that is not in use is left alone."""
+    module, generator = getattr(torch, kind), torch.Generator()
+    in_use = in_use or kind == "mps"  # which is always ready
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(module, "is_initialized", lambda: in_use, raising=kind != "mps")
+    monkeypatch.setattr(module, "get_rng_state", lambda device: in_use and generator.get_state())
+    monkeypatch.setattr(module, "set_rng_state", lambda state, device: generator.set_state(state))
+    before = generator.get_state()
+    score(lambda prompts, **kwargs: torch.rand(len(prompts), generator=generator))
+    assert torch.equal(generator.get_state(), before) == in_use
+
+
 def test_random_numbers_of_a_reward_follow_the_seed():
     """Of every generator, and they are new ones after others have drawn."""
 

@@ -1,3 +1,5 @@
+import pytest
+
 from trl_proxy.runs import contents
 from trl_proxy.runs.contents import contents_of
 
@@ -44,3 +46,13 @@ def test_what_stands_beside_a_model_is_not_the_model(tmp_path):
     assert contents_of(settings) == before
     (tmp_path / "lm" / "model.safetensors").write_bytes(b"3!")
     assert contents_of(settings) != before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_name", "reward_model_name_or_path"])
+@pytest.mark.parametrize(
+    "name", ["data/my/prompts.jsonl", "/tmp/nowhere/x", "../x", "owner/na me", "a--b", "x\0y", "x" * 300]
+)
+def test_a_name_that_can_be_none_has_no_content(key, name):
+    """Whoever loads it says so."""
+    assert contents_of({key: name}) == {}

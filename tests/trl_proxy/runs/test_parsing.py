@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import pytest
 from hypothesis import example, given
@@ -106,6 +107,8 @@ class Everything:
     names: list[str] | None = None
     pair: tuple[float, float] | None = None
     settings: dict | str | None = None
+    only_settings: dict | None = None
+    choice: Literal["a", "b"] = "a"
     names_or_text: None | str | list[str] = None  # noqa: RUF036 - as in TrainingArguments
 
 
@@ -221,6 +224,12 @@ def test_a_pair_and_names(tmp_path_factory):
         ("name: {a: 1}\n", "recipe.yaml: `name` must be text, got {'a': 1}"),
         ("sizes: [1, a]\n", "recipe.yaml: `sizes` must be int, got 'a'"),
         ("pair: [1]\n", r"recipe.yaml: `pair` must be 2 values, got \[1\]"),
+        *(
+            (f"{name}: {value}\n", f"recipe.yaml: `{name}` must be a mapping of names to values, got ")
+            for name in ("settings", "only_settings")
+            for value in ("5", "[1]", "word", "'[1]'", "true")
+        ),
+        *((f"choice: {value}\n", "`choice` must be one of a, b, got ") for value in ("[a]", "null", "c", "{a: 1}")),
         ("env: text\n", "recipe.yaml: `env` must map names of environment variables to values, got 'text'"),
     ],
 )
@@ -239,11 +248,37 @@ def test_a_mistake_in_a_recipe_is_one_sentence(tmp_path_factory, recipe, message
         (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
         (["--rat3", "1"], "--rat3 is no option"),
         (["--pair", "1"], "argument --pair: expected 2 arguments"),
+        *((["--settings", text], "^--settings must be a JSON object, such as .*, got ") for text in ("[1]", "{", "5")),
+        (["--only_settings", "[1]"], r"^--only_settings must be a JSON object, such as .*, got \[1\]"),
+        (
+            ["--config", "nope.yaml"],
+            "^The recipe nope.yaml cannot be read .No such file or directory.: check the path",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path_factory, words, message):
     with pytest.raises(ValueError, match=message):
         parse(words, None, tmp_path_factory)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lr_scheduler_kwargs", '{"a": 1}'], "`lr_scheduler_type=linear` with `lr_scheduler_kwargs={'a': 1}` cannot"),
+        (["lr_scheduler_kwargs", '{"a": 1}', "--lr_scheduler_type", "constant"], "it takes none"),
+        (
+            ["lr_scheduler_kwargs", '{"num_cycles": "x"}', "--lr_scheduler_type", "cosine"],
+            "'num_cycles': 'x'}` cannot",
+        ),
+        (["lr_scheduler_type", "cosine_with_min_lr"], "min_lr_rate should be set"),
+        (["torch_compile_mode", "zzz"], "`torch_compile_mode=zzz` cannot be used .*max-autotune"),
+        (["torch_compile_backend", "zzz"], "`torch_compile_backend=zzz` with .* cannot be used"),
+    ],
+)
+def test_what_training_would_make_late_is_tried_early(words, message, parser, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parser.parse_args_and_config(["--output_dir", str(tmp_path), "--use_cpu", "--" + words[0], *words[1:]])
 
 
 def test_an_anchor_may_be_merged(tmp_path):
@@ -258,7 +293,7 @@ RECIPES = {
     "report_to": ("none", ["none"], "none"),
     "use_cpu": ("false", ["false"], False),  # true on a machine without an accelerator
     "bf16": ("null", ["none"], None),
-    "lr_scheduler_kwargs": ("{num_decay_steps: 8e1}", ['{"num_decay_steps": 80.0}'], {"num_decay_steps": 80.0}),
+    "model_init_kwargs": ("{rms_norm_eps: 8e-1}", ['{"rms_norm_eps": 0.8}'], {"rms_norm_eps": 0.8}),
     "accelerator_config": ("{split_batches: true}", ['{"split_batches": true}'], {"split_batches": True}),
     "reward_clip_range": ("[-5, 5.0]", ["-5", "5"], (-5.0, 5.0)),
     "max_completion_length": ("12", ["12"], 12),

@@ -99,8 +99,8 @@ def test_what_a_kill_left_is_deleted_by_the_next_process(tmp_path):
     for left in (first, second):
         Path(left).touch()
     lock_folder(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_lock", "mine.tmp"]
     write_text(path, "{}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.tmp", "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_lock", "mine.tmp", "run.json"]
     remove_leftovers(tmp_path)
     assert path.read_text(encoding="utf-8") == "{}"

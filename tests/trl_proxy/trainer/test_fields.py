@@ -14,7 +14,7 @@ from trl import BEMACallback, ModelConfig, ScriptArguments
 from baselines.training import LoraModelConfig, make_parser
 from trl_proxy import PPOConfig, PPOTrainer, ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
 from trl_proxy.runs.arguments import FrozenModelConfig, RunArguments, load_policy
-from trl_proxy.trainer import fields, proxy_ppo
+from trl_proxy.trainer import card, fields
 
 TABLES = {
     ProxyPPOConfig: fields.PROXY,
@@ -87,6 +87,12 @@ def test_a_field_without_effect_is_one_warning(kind, name, warned):
     value = away(kind, name)
     fields.check_fields(unchecked(kind, **{name: value}), TABLES[kind])
     assert warned == [f"`{name}={value!r}` has no effect: {TABLES[kind][name].why}."]
+
+
+@pytest.mark.parametrize("method", ["proxy", "ppo", "rloo", "grpo", "dpo"])
+def test_nothing_is_said_of_what_nobody_set(method, warned):
+    make_parser(method).parse_args_and_config(["--output_dir", "x", "--use_cpu"])
+    assert not warned
 
 
 @pytest.mark.parametrize(("kind", "name"), cases("used"), ids=lambda x: getattr(x, "__name__", x))
@@ -300,14 +306,28 @@ def test_what_is_not_set_may_be_given_as_none(trainer_of):
         trainer.add_callback(BEMACallback)
 
 
-def test_the_card_links_to_the_trackers(trainer_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(proxy_ppo, "get_trackio_space_url", lambda: "https://huggingface.co/spaces/a/b")
+def test_the_card_says_what_was_trained(trainer_of, tmp_path, monkeypatch):
+    trainer = trainer_of()
+    trainer.create_model_card(tags="mine")
+    text = (tmp_path / "README.md").read_text()
+    rewards = ", ".join(f"1 x `{name}`" for name in trainer.reward_func_names)
+    assert f"with `trl-proxy` on the prompts given to the trainer for 0 steps, on the reward {rewards}.\n" in text
+    assert "\n- mine\n" in text
+    assert "hf_jobs" not in text
+
+    trainer.state.log_history = [{"eval_reward": 0.25}, {"loss": 1.0}, {"eval_reward": 0.75}, {"eval_reward": 0.5}]
+    for name in ("trackio_space", "comet_experiment"):
+        monkeypatch.setattr(card, f"get_{name}_url", lambda name=name: f"https://x.org/{name}")
     monkeypatch.setenv("JOB_ID", "1")
-    trainer_of().create_model_card(tags=["mine", "trl"])
-    card = (tmp_path / "README.md").read_text()
-    assert "[Trackio](https://huggingface.co/spaces/a/b)" in card
-    for tag in ("trl", "trl-proxy", "mine", "hf_jobs", "trackio:https://huggingface.co/spaces/a/b"):
-        assert card.count(f"\n- {tag}\n") == 1, tag
+    trainer.create_model_card("name", "data", tags=["mine", "trl"])
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        f"on data for 0 steps, on the reward {rewards}. On the validation prompts the reward was 0.250 at first, "
+        "0.750 at best. Its training is logged at [Trackio](https://x.org/trackio_space), [Comet](https://x.org/comet_"
+        "experiment).\n"
+    ) in text
+    for tag in ("trl", "trl-proxy", "mine", "hf_jobs", "trackio:https://x.org/trackio_space"):
+        assert text.count(f"\n- {tag}\n") == 1, tag
 
 
 # The LM's
@@ -338,10 +358,11 @@ def test_bad_model_init_kwargs(tiny_lm, tiny_tokenizer, tmp_path, kwargs, messag
 
 
 @pytest.mark.fault
-def test_the_embedded_lm_has_no_revisions():
+def test_only_the_hub_has_revisions(tmp_path):
     args = ProxyPPOConfig(output_dir="x", use_cpu=True)
-    with pytest.raises(ValueError, match="The embedded LM has no revision v1: leave out --model_revision"):
-        load_policy(FrozenModelConfig(model_revision="v1"), args, "cpu")
+    for name, what in ((None, "embedded LM"), ("embedded", "embedded LM"), (str(tmp_path), f"folder {tmp_path}")):
+        with pytest.raises(ValueError, match=f"The {what} has no revision v1: leave out --model_revision"):
+            load_policy(FrozenModelConfig(name, model_revision="v1"), args, "cpu")
 
 
 def test_the_run_knows_what_was_asked():

@@ -21,11 +21,11 @@ TIMES = ("per_second", "runtime", "preparation_time")
 
 
 @pytest.fixture
-def evaluate(tmp_path, tiny_lm, tiny_tokenizer, with_random_gate):
-    """`evaluate(kind, rewards, batch_size, **config)` -> the metrics of prompts that are worth `rewards`, and what was
-    scored: prompt, completion, reward."""
+def trainer_of(tmp_path, tiny_lm, tiny_tokenizer, with_random_gate):
+    """`trainer_of(kind, rewards, batch_size, **config)` -> a trainer on prompts that are worth `rewards`, and a list
+    that gets what is scored: prompt, completion, reward."""
 
-    def run(kind, rewards, batch_size=4, streamed=False, **config):
+    def build(kind, rewards, batch_size=4, **config):
         trainer_class, config_class = KINDS[kind]
         scored = []
 
@@ -63,6 +63,19 @@ def evaluate(tmp_path, tiny_lm, tiny_tokenizer, with_random_gate):
             processing_class=tiny_tokenizer,
             **extra,
         )
+        return trainer, scored
+
+    return build
+
+
+@pytest.fixture
+def evaluate(trainer_of):
+    """`evaluate(kind, rewards, batch_size, **config)` -> the metrics of prompts that are worth `rewards`, and what was
+    scored."""
+
+    def run(kind, rewards, batch_size=4, streamed=False, **config):
+        trainer, scored = trainer_of(kind, rewards, batch_size, **config)
+        rows = trainer.train_dataset
         evaluated = IterableDataset.from_generator(lambda: iter(rows)) if streamed else rows
         metrics = trainer.evaluate(evaluated)
         assert {k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_rew")} == {
@@ -114,3 +127,17 @@ def test_a_kl_is_over_tokens(evaluate, kind):
     two, _ = evaluate(kind, [1.0] * 5, batch_size=2, top_k=1, beta=0.1)
     for name in ("eval_kl", "eval_entropy", "eval_completions/mean_length", "eval_completions/clipped_ratio"):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_the_prompts_depends_on_the_epoch_alone(trainer_of, kind):
+    """Not on how many epochs this process has seen, so a resumed run sees the same prompts."""
+    trainer, _ = trainer_of(kind, [0.0] * 32)
+    orders = []
+    for seen in (0, 1):
+        sampler = trainer._get_train_sampler()
+        for epoch in (*range(seen), 2):
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+        orders.append(order)
+    assert orders[0] == orders[1] != sorted(order)

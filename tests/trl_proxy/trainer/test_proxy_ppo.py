@@ -93,6 +93,19 @@ def test_it_learns(train, features):
         assert all(math.isfinite(value) for value in logged(trainer, key))
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_single_decision_has_no_moments(train, ragged_batch, count):
+    trainer = train(call=False)
+    model = trainer.model
+    rollout = model.generate(**ragged_batch([5, 9]), max_new_tokens=8, output_rollout=True).rollout
+    chosen = rollout.mask.flatten().nonzero()[:count, 0]
+    mask = torch.zeros_like(rollout.mask.flatten()).scatter(0, chosen, True).view_as(rollout.mask)
+    trainer._standardise(model, [rollout._replace(mask=mask)])
+    assert model.gate.is_new == (count < 2)
+    assert model.gate.feature_std.isfinite().all()
+    assert (model.gate.feature_std > 0).any()
+
+
 @pytest.mark.parametrize("features", ["prefix", "candidate"])
 def test_a_rollout_is_judged_in_chunks(train, features, monkeypatch):
     """As many rows at a time as have about `_CHUNK` decisions; what the gate's input is standardised by, and what it
