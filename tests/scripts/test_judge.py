@@ -287,6 +287,8 @@ def test_a_judgement_with_a_value_of_another_type_is_refused(run, records, tmp_p
         ({"judges": []}, r"--judges must be of .*, got \[\]"),
         ({"judges": ["openai"]}, "--judge_model is not set"),
         ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"readers": 0}, "--readers must be at least 1, got 0"),
+        ({"sitting_pairs": 0}, "--sitting_pairs must be at least 1, got 0"),
         ({"retries": -1}, "--retries must be at least 0, got -1"),
         ({"requests_per_minute": 0.0}, "--requests_per_minute must be above 0, got 0.0"),
         ({"price_prompt": 1.0}, "must be set together"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.judges.readers.files import KeyInFile, read_checked
 from eval.judges.readers.pairs import Duel, Item, Sheet, record_sha256
 from trl_proxy.files import write_text
 
@@ -106,17 +107,9 @@ def read_key(path: Path) -> dict:
     Raises:
         ValueError: if the file is no key.
     """
-    try:
-        key = json.loads(path.read_text(encoding="utf-8"))
-        key["sheets"] = [
-            Sheet(**{**sheet, "items": [Item(**item) for item in sheet["items"]]}) for sheet in key["sheets"]
-        ]
-        missing = {"settings", "records", "duels"} - key.keys()
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no key of blind readings ({error}): restore it, or export again.") from None
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}: restore it, or export again.")
-    return key
+    key = read_checked(path, KeyInFile, "restore it, or export again")
+    sheets = [{**sheet, "items": [Item(**item) for item in sheet["items"]]} for sheet in key["sheets"]]
+    return {**key, "sheets": [Sheet(**sheet) for sheet in sheets]}
 
 
 def write_sheets(folder: Path, key: dict, sheets: list[Sheet], records: dict[str, dict]) -> None:

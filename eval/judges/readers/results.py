@@ -7,6 +7,7 @@ from pathlib import Path
 from eval.comparison import Comparison, kind_title, label
 from eval.judges.judgements import record_name
 from eval.judges.readers.counts import duel_result, label_counts
+from eval.judges.readers.files import ResultsInFile, read_checked
 from eval.judges.readers.pairs import Duel, record_sha256
 from eval.judges.readers.verdicts import LABELS, Reading
 from eval.records import READER_KEYS, READER_KIND_KEYS
@@ -72,13 +73,9 @@ def read_results(comparison: Comparison, output_dir: str | os.PathLike) -> dict 
     path = results_path(output_dir)
     if not path.is_file():
         return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        read = results["records"].items()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of blind readings ({error}): delete it, and import again.") from None
+    results = read_checked(path, ResultsInFile, "delete it, and import again")
     now = {record_name(record): record_sha256(record) for record in comparison.records}
-    if changed := [name for name, digest in read if now.get(name) != digest]:
+    if changed := [name for name, digest in results["records"].items() if now.get(name) != digest]:
         raise ValueError(f"{path} is of other responses than {changed[0]} has now: delete it, or read again.")
     return results
 

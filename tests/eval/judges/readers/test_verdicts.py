@@ -108,7 +108,7 @@ def test_records_and_settings_that_changed_are_refused(run, sent, records, simul
     with pytest.raises(ValueError, match=f"records/{PROXY}.json is not there, but was when"):
         run()
     (tmp_path / "readers" / "key.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"key.json is no key of blind readings"):
+    with pytest.raises(ValueError, match=r"key.json is damaged \(it lacks duels, records, settings, sheets\)"):
         run()
     (tmp_path / "readers" / "key.json").unlink()
     with pytest.raises(ValueError, match=r"one.csv has verdicts, but .*key.json, which tells the sides, is not there"):
@@ -127,6 +127,36 @@ def test_a_sheet_that_was_filled_in_place_is_not_lost(run, records, simulated, o
     assert path.read_bytes() == before
     path.rename(simulated.verdicts / "filled.csv")
     assert "11 verdicts count" in run()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda results: results.clear(),
+            r"\(it lacks duels, labels, records, titles\): delete it, and import",
+        ),
+        (
+            lambda results: results["duels"][0].update(wins="3"),
+            r"\(it.duels.0.wins must be a whole number, got '3'",
+        ),
+        (lambda results: results["duels"][1]["agreement"].pop("kappa"), r"\(it.duels.1.agreement lacks kappa"),
+    ],
+)
+def test_damaged_results_are_refused(run, sent, simulated, damage, message):
+    run()
+    results = simulated.results()
+    comparison = Comparison.read(simulated.folder)
+    assert read_results(comparison, simulated.folder) == results
+    damage(results)
+    path = simulated.folder / "readers" / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=f"results.json is damaged {message}"):
+        read_results(comparison, simulated.folder)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"results.json is no JSON"):
+        read_results(comparison, simulated.folder)
 
 
 @pytest.mark.fault
