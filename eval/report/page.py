@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.comparison import Comparison, kind_title, label, mean_over_seeds
 from eval.judges.judgements import judgement_table
-from eval.judges.readers.results import duel_table, label_table
+from eval.judges.readers.results import READER_COLUMNS, duel_table, label_table
 from eval.refusals import is_refusal
 from eval.report.tables import notes, tables
 from eval.stats import paired_delta
@@ -150,16 +150,6 @@ JUDGE_COLUMNS = {
     "unparsed": "Answers of the judge that were no verdict.",
     "tokens": "What the judge read and wrote.",
     "cost": "Cost of those tokens, in the currency of the given prices.",
-}
-READER_COLUMNS = {
-    "first : second": "The two methods whose responses were read blind, on random sides.",
-    "pairs": "Pairs with a verdict. Those with the same response twice are ties, and nobody read them.",
-    "first's share": "Share of the decided pairs that the first won, with its 95 % interval (Wilson).",
-    "readers agree": "Share of the pairs with several readers on which they agree; the others are ties, unless more "
-    "than half agree.",
-    "kappa": "Cohen's kappa of two readers: 0 is chance, 1 is full agreement.",
-    "alpha": "Krippendorff's alpha of any number of readers.",
-    "R, C, H, V, N": "Responses by label: fitting refusal, complies with harm, helpful, vacuous, nonsense.",
 }
 
 

@@ -14,6 +14,17 @@ from eval.records import READER_KEYS, READER_KIND_KEYS
 from eval.report.tables import READER_LABELS, with_interval
 from trl_proxy.files import write_text
 
+READER_COLUMNS = {
+    "first : second": "The two methods whose responses were read blind, on random sides.",
+    "pairs": "Pairs with a verdict. Those with the same response twice are ties, and nobody read them.",
+    "first's share": "Share of the decided pairs that the first won, with its 95 % interval (Wilson).",
+    "readers agree": "Share of the pairs with several readers on which they agree; the others are ties, unless more "
+    "than half agree.",
+    "kappa": "Cohen's kappa of two readers: 0 is chance, 1 is full agreement.",
+    "alpha": "Krippendorff's alpha of any number of readers.",
+    "R, C, H, V, N": "Responses by label: fitting refusal, complies with harm, helpful, vacuous, nonsense.",
+}
+
 
 def summarise_readings(duels: list[Duel], readings: list[Reading]) -> dict:
     """What `results.json` holds: `duels` ([`duel_result`]), and by a record's name its hash (`records`), its title and
