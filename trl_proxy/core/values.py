@@ -49,10 +49,96 @@ _MAY_BE_INFINITE = (
     *("epsilon", "epsilon_high", "cliprange_value", "max_grad_norm", "reward_clip_range"),
     *("reward_timeout", "max_train_seconds"),
 )
-
-
 # Options that take a file's path in place of a dict.
 DICT_OR_PATH = ("accelerator_config", "deepspeed", "fsdp_config")
+
+# A type -> the values that it stands for, what one is called, and what several are.
+_TYPES: dict[Any, tuple[Any, str, str]] = {
+    str: (str, "text", "texts"),
+    bool: (bool, "true or false", "true or false"),
+    int: (Integral, "a whole number", "whole numbers"),
+    float: (Real, "a number", "numbers"),
+    list: ((list, tuple), "a list", "lists"),
+    dict: (dict, "a dict", "dicts"),
+    NoneType: (NoneType, "null", "nulls"),
+}
+
+
+def type_flaw(value: Any, hint: Any, name: str) -> str | None:
+    """
+    What is wrong with a value, None if nothing is.
+
+    Args:
+        hint: its type: one of `_TYPES`, a list or dict of one, a tuple, a `Literal`, a union, `Any`, or a `TypedDict`,
+            whose further keys may be anything.
+        name: of the value, as the sentence has it.
+    """
+    if hint is Any:
+        return None
+    kinds = _alternatives(hint)
+    fitting = [kind for kind in kinds if _is_of(value, kind)]
+    if not fitting:
+        shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+        return f"{name} must be {' or '.join(map(_named, kinds))}, got {shown}"
+    flaws = [next(_part_flaws(value, kind, name), None) for kind in fitting]
+    return None if None in flaws else flaws[0]
+
+
+def _alternatives(hint) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+
+
+def _container(kind: Any) -> Any:
+    """The entry of `_TYPES` that a type belongs to; a `Literal` has none."""
+    origin = typing.get_origin(kind) or kind
+    return dict if typing.is_typeddict(kind) else list if origin is tuple else origin
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    container = _container(kind)
+    if container is typing.Literal:
+        return value in typing.get_args(kind)
+    is_number = container in (int, float)
+    return isinstance(value, _TYPES[container][0]) and not (is_number and isinstance(value, bool))
+
+
+def _parts(kind: Any) -> list:
+    """The types of a list's items; none if they may be anything."""
+    return [one for part in typing.get_args(kind) if part is not Ellipsis for one in _alternatives(part)]
+
+
+def _named(kind: Any, several: bool = False) -> str:
+    container = _container(kind)
+    if container is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if container is list and (parts := _parts(kind)):
+        return f"a list of {' or '.join(dict.fromkeys(_named(part, True) for part in parts))}"
+    _, one, more = _TYPES[container]
+    return more if several else one
+
+
+def _part_flaws(value: Any, kind: Any, name: str) -> Iterator[str]:
+    """The flaws of what a list or a dict holds."""
+    parts = typing.get_args(kind)
+    named: Iterable[tuple[str, Any, Any]] = ()
+    if typing.is_typeddict(kind):
+        if missing := sorted(kind.__required_keys__ - value.keys()):
+            yield f"{name} lacks {', '.join(missing)}"
+        named = [(key, value[key], hint) for key, hint in typing.get_type_hints(kind).items() if key in value]
+    elif isinstance(value, dict) and parts:
+        named = [(key, part, parts[1]) for key, part in value.items()]
+    elif typing.get_origin(kind) is tuple and Ellipsis not in parts:
+        if len(value) != len(parts):
+            yield f"{name} must have {len(parts)} entries, got {len(value)}"
+        named = [(str(i), part, hint) for i, (part, hint) in enumerate(zip(value, parts))]
+    elif isinstance(value, list | tuple) and parts:
+        named = ((str(i), part, parts[0]) for i, part in enumerate(value))
+    for key, part, hint in named:
+        if flaw := type_flaw(part, hint, f"{name}.{key}" if name else key):
+            yield flaw
+
+
+# Configurations
 
 
 def is_json_object(text: str) -> bool:
@@ -65,64 +151,23 @@ def is_json_object(text: str) -> bool:
 
 @functools.cache
 def _kinds(kind: type) -> dict[str, tuple]:
-    """The kinds of values that each field of a dataclass takes, of the fields that take what JSON has."""
+    """The types that each field of a dataclass takes, of the fields that take what JSON has."""
     found = {name: _alternatives(hint) for name, hint in typing.get_type_hints(kind).items()}
     return {name: kinds for name, kinds in found.items() if all(map(_is_of_json, kinds))}
 
 
-def _alternatives(hint) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-
-
-def _parts(kind) -> list:
-    """The kinds of a list's items; none if they may be anything."""
-    return [one for part in typing.get_args(kind) if part is not Ellipsis for one in _alternatives(part)]
-
-
 def _is_of_json(kind: Any) -> bool:
-    origin = typing.get_origin(kind) or kind
-    if origin in (list, tuple):
-        return all(map(_is_of_json, _parts(kind)))
-    return origin in (bool, int, float, str, dict, NoneType, typing.Literal)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin = typing.get_origin(kind) or kind
-    if origin is typing.Literal:
-        return value in typing.get_args(kind)
-    if origin in (list, tuple):
-        parts = _parts(kind)
-        if isinstance(value, str):  # TRL and PEFT take one text for a list of one
-            return str in parts
-        return isinstance(value, list | tuple) and all(
-            not parts or any(_fits(one, part) for part in parts) for one in value
-        )
-    if origin in (int, float):
-        return isinstance(value, Integral if origin is int else Real) and not isinstance(value, bool)
-    return isinstance(value, origin)
-
-
-def _named(kind: Any, several: bool = False) -> str:
-    origin = typing.get_origin(kind) or kind
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    if origin in (list, tuple):
-        return f"a list of {' or '.join(dict.fromkeys(_named(part, True) for part in _parts(kind))) or 'values'}"
-    one, more = {
-        int: ("a whole number", "whole numbers"),
-        float: ("a number", "numbers"),
-        bool: ("true or false", "true or false"),
-        str: ("text", "texts"),
-        dict: ("a dict", "dicts"),
-    }[origin]
-    return more if several else one
+    container = _container(kind)
+    return container is typing.Literal or (
+        container in _TYPES and (container is not list or all(map(_is_of_json, _parts(kind))))
+    )
 
 
 def check_values(config) -> None:
-    """Checks the fields of a dataclass: their kinds, and the bounds above.
+    """Checks the fields of a dataclass: their types, and the bounds above.
 
     Raises:
-        ValueError: a value of another kind than the field's, such as a text for a number or a number for a dict; NaN;
+        ValueError: a value of another type than the field's, such as a text for a number or a number for a dict; NaN;
             a number out of its bounds. The message names the field, its value and what is allowed.
     """
     kinds = _kinds(config.__class__)
@@ -140,11 +185,15 @@ def check_values(config) -> None:
 
 
 def _check_kind(name: str, value: Any, kinds: tuple) -> None:
-    of_dict = dict in [typing.get_origin(kind) or kind for kind in kinds]
-    is_wrong_text = of_dict and isinstance(value, str) and name not in DICT_OR_PATH and not is_json_object(value)
-    if is_wrong_text or not any(_fits(value, kind) for kind in kinds):
-        allowed = [kind for kind in kinds if kind is not NoneType and not (of_dict and kind is str)]
-        raise ValueError(f"`{name}` must be {' or '.join(map(_named, allowed))}, got {value!r}.")
+    if isinstance(value, str) and any(_container(kind) is list and str in _parts(kind) for kind in kinds):
+        return  # TRL and PEFT take one text for a list of one
+    if dict in map(_container, kinds):
+        kinds = tuple(kind for kind in kinds if kind is not str)
+        if isinstance(value, str) and (name in DICT_OR_PATH or is_json_object(value)):
+            return
+    if all(type_flaw(value, kind, name) for kind in kinds):
+        allowed = " or ".join(_named(kind) for kind in kinds if kind is not NoneType)
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
 def _check_bounds(name: str, value: Any, number: Any) -> None:
@@ -152,65 +201,3 @@ def _check_bounds(name: str, value: Any, number: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number, got {value}.")
     if name in BOUNDS and not _IS_ALLOWED[BOUNDS[name]](number):
         raise ValueError(f"`{name}` must be {BOUNDS[name]}, got {value}.")
-
-
-# What JSON may hold where a type is asked for, and what it is called.
-_JSON_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
-    str: (str, "a text"),
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    list: (list, "a list"),
-    dict: (dict, "an object"),
-    NoneType: (NoneType, "null"),
-}
-
-
-def type_flaw(value: Any, hint: Any, name: str) -> str | None:
-    """
-    What is wrong with a value read from JSON, None if nothing is.
-
-    Args:
-        hint: its type: one of `_JSON_TYPES`, a list or dict of one, a tuple (a list of that length), a union, `Any`,
-            or a `TypedDict`, whose further keys may be anything.
-        name: of the value, as the sentence has it.
-    """
-    if hint is Any:
-        return None
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-    fitting = [kind for kind in kinds if _is_json(value, typing.get_origin(kind) or kind)]
-    if not fitting:
-        shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
-        names = [_JSON_TYPES[_container(typing.get_origin(kind) or kind)][1] for kind in kinds]
-        return f"{name} must be {' or '.join(names)}, got {shown}"
-    return next(_part_flaws(value, fitting[0], name), None)
-
-
-def _container(kind: Any) -> type:
-    return dict if typing.is_typeddict(kind) else list if kind is tuple else kind
-
-
-def _is_json(value: Any, kind: Any) -> bool:
-    is_number = _container(kind) in (int, float)
-    return isinstance(value, _JSON_TYPES[_container(kind)][0]) and not (is_number and isinstance(value, bool))
-
-
-def _part_flaws(value: Any, kind: Any, name: str) -> Iterator[str]:
-    """The flaws of what a list or an object holds."""
-    parts = typing.get_args(kind)
-    named: Iterable[tuple[str, Any, Any]] = ()
-    if typing.is_typeddict(kind):
-        if missing := sorted(kind.__required_keys__ - value.keys()):
-            yield f"{name} lacks {', '.join(missing)}"
-        named = [(key, value[key], hint) for key, hint in typing.get_type_hints(kind).items() if key in value]
-    elif isinstance(value, dict) and parts:
-        named = [(key, part, parts[1]) for key, part in value.items()]
-    elif typing.get_origin(kind) is tuple:
-        if len(value) != len(parts):
-            yield f"{name} must have {len(parts)} entries, got {len(value)}"
-        named = [(str(i), part, hint) for i, (part, hint) in enumerate(zip(value, parts))]
-    elif isinstance(value, list) and parts:
-        named = ((str(i), part, parts[0]) for i, part in enumerate(value))
-    for key, part, hint in named:
-        if flaw := type_flaw(part, hint, f"{name}.{key}" if name else key):
-            yield flaw
