@@ -234,3 +234,20 @@ def test_published_lines_have_readers(read, tmp_path):
         assert COLUMNS["readers"](rows[name]) == f"{rate:.2f} [{low:.2f}, {high:.2f}]"
     assert COLUMNS["readers"](rows["sft"]) == ""
     assert COLUMNS["readers"](Published(read_lines()).rows("compare")["sft"]) == ""  # a line without the key
+
+
+def test_prompts_without_kinds(run, records, simulated, tmp_path):
+    for record in records.values():
+        record.update(kinds=None, by_kind={})
+    simulated.write(records)
+    run()
+    simulated.send_all()
+    run()
+    comparison, results = Comparison.read(tmp_path), simulated.results()
+    record = comparison.groups["best_of_n (n=4)"][0]
+    assert record["reader_win_rate_vs_sft"] == results["duels"][0]["win_rate"]
+    assert list(record["reader_labels"]) == ["all"]
+    costs = cells(tables(comparison)[1])
+    assert costs["best_of_n (n=4)"]["nonsense all"] == f"{label_rate(record, 'N'):.0%}"
+    write_reader_lines(results, tmp_path / "lines.jsonl")
+    assert {line["kind"] for line in read_lines(tmp_path / "lines.jsonl")} == {"all"}
