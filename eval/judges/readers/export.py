@@ -7,9 +7,10 @@ import io
 import json
 import re
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from eval.judges.readers.files import KeyInFile, read_checked
 from eval.judges.readers.pairs import Duel, Item, Sheet, record_sha256
@@ -62,14 +63,18 @@ def _csp_hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
+@cache
+def _template() -> Template:
+    loader = FileSystemLoader(TEMPLATE)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("reading.html")
+
+
 def sheet_page(sheet: Sheet, records: dict[str, dict]) -> str:
     """The sheet as one HTML page that needs nothing else; nothing but its own script runs or loads."""
     style, script = ((TEMPLATE / name).read_text(encoding="utf-8") for name in ("reading.css", "reading.js"))
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     blocks, labels = guidelines()
-    return environment.get_template("reading.html").render(
+    return _template().render(
         sheet=sheet,
         blocks=blocks,
         labels=labels,

@@ -116,8 +116,10 @@ def records(tmp_path) -> dict[str, dict]:
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, capsys, monkeypatch):
     """`run(**flags)`: the judge `readers` over `tmp_path`; returns what it printed, on one line."""
+
+    monkeypatch.setattr("trl_proxy.files.flush_to_disk", lambda path: None)  # many small files, and no power is lost
 
     def run(**flags) -> str:
         args = JudgeArguments(judges=["readers"], output_dir=str(tmp_path), **flags)
