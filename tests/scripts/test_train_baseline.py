@@ -269,7 +269,7 @@ def test_an_adapter_names_the_embedded_lm(tmp_path, tiny_lm, tiny_tokenizer, mon
     """And not the file that it was read from, which is another on the next machine."""
     tiny_lm("llama").save_pretrained(tmp_path / "lm")
     tiny_tokenizer.save_pretrained(tmp_path / "lm")
-    monkeypatch.setattr("trl_proxy.loading.resolve_model", lambda name: str(tmp_path / "lm"))
+    monkeypatch.setattr("trl_proxy.loading.resolve_model", lambda name, *_: str(tmp_path / "lm"))
     tuned = get_peft_model(load_lm("embedded")[0], LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     tuned.save_pretrained(tmp_path / "adapter")
     assert (
