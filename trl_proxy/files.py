@@ -172,12 +172,15 @@ def loading_model(name: str | os.PathLike, kind: str = "language model", remedy:
             raise
         if os.path.isdir(name):
             _check_files(name, kind, ".safetensors")
-        reason = str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
-        if remedy is None and os.path.isdir(name):
-            remedy = "mend the folder, or copy it again"
-        elif remedy is None:
+        is_missing = isinstance(error, OSError)  # as transformers says that the hub has no such model, or is away
+        text = str(error).strip().split("\n")[0] if is_missing else " ".join(str(error).split())
+        reason = text.rstrip(".:") or type(error).__name__
+        if remedy is None and is_missing:
             remedy = "there is no such folder here, and a name must be one that the hub knows and lets you read"
-        raise ValueError(f"The {kind} {name} cannot be loaded ({reason}): {remedy}.") from error
+            if os.path.isdir(name):
+                remedy = "mend the folder, or copy it again"
+        advice = f": {remedy}." if remedy else "."
+        raise ValueError(f"The {kind} {name} cannot be loaded ({reason}){advice}") from error
 
 
 def _check_files(folder: str, kind: str, ending: str) -> None:
