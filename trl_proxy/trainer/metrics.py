@@ -136,9 +136,8 @@ class RowMetricsMixin(Trainer):
         """TRL's metrics of rewards and lengths, from all rows of an evaluation."""
         rewards, lengths, cut = rows[:, :-2], rows[:, -2], rows[:, -1].bool()
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(-1)
-        total[rewards.isnan().all(-1)] = torch.nan
         metrics = {f"completions/{k}_length": v for k, v in _spread(lengths).items()}
-        metrics |= {**metrics_of_ends(lengths, cut), "reward": total.nanmean()}
+        metrics |= {**metrics_of_ends(lengths, cut), "reward": total.mean()}
         metrics["reward_std"] = nanstd(total)
         for i, name in enumerate(self.reward_func_names):
             metrics[f"rewards/{name}/mean"] = rewards[:, i].nanmean()

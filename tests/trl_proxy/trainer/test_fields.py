@@ -249,18 +249,23 @@ def test_a_mixture_of_experts_is_balanced(trainer_of, tiny_tokenizer):
         eos_token_id=2,
         pad_token_id=0,
     )
-    logged = {}
+    evaluated, logged = {}, {}
     for coefficient in (0.0, 0.5):
-        torch.manual_seed(0)
-        trainer = trainer_of(
-            PPOTrainer, AutoModelForCausalLM.from_config(config), router_aux_loss_coef=coefficient, beta=0.0
-        )
-        trainer.train()
-        logged[coefficient] = trainer.state.log_history[0]
-    assert logged[0.5]["aux_loss"] > 0
-    assert "aux_loss" not in logged[0.0]
-    difference = logged[0.5]["loss"] - logged[0.0]["loss"]
-    assert difference == pytest.approx(0.5 * logged[0.5]["aux_loss"], rel=0.02)
+        for found in (evaluated, logged):
+            torch.manual_seed(0)
+            trainer = trainer_of(
+                PPOTrainer, AutoModelForCausalLM.from_config(config), router_aux_loss_coef=coefficient, beta=0.0
+            )
+            if found is evaluated:
+                trainer.evaluate(trainer.train_dataset)
+            else:
+                trainer.train()
+            found[coefficient] = {name.removeprefix("eval_"): x for name, x in trainer.state.log_history[0].items()}
+    for found in (evaluated, logged):
+        assert found[0.5]["aux_loss"] > 0
+        assert "aux_loss" not in found[0.0]
+        difference = found[0.5]["loss"] - found[0.0]["loss"]
+        assert difference == pytest.approx(0.5 * found[0.5]["aux_loss"], rel=0.02)
 
 
 class Processor(ProcessorMixin):

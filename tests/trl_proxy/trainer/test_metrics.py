@@ -9,6 +9,7 @@ from peft import LoraConfig
 from baselines.grpo import GuardedGRPOConfig, GuardedGRPOTrainer
 from baselines.rloo import GuardedRLOOConfig, GuardedRLOOTrainer
 from trl_proxy import PPOConfig, PPOTrainer, ProxyConfig, ProxyPPOConfig, ProxyPPOTrainer
+from trl_proxy.trainer.metrics import metrics_of_ends
 
 KINDS = {
     "proxy": (ProxyPPOTrainer, ProxyPPOConfig),
@@ -104,6 +105,16 @@ def test_the_mean_is_over_the_prompts(evaluate, kind, streamed):
     assert metrics["eval_completions/mean_length"] <= np.mean(lengths) + 1
 
 
+def test_responses_that_were_cut_off_have_no_end():
+    lengths, cut = torch.tensor([3.0, 5.0, 9.0, 2.0]), torch.tensor([False, True, False, True])
+    found = {name.removeprefix("completions/"): float(x) for name, x in metrics_of_ends(lengths, cut).items()}
+    ended = {"mean_terminated_length": 6.0, "min_terminated_length": 3.0, "max_terminated_length": 9.0}
+    assert found == {**ended, "clipped_ratio": 0.5}
+    found = metrics_of_ends(lengths, torch.ones(4, dtype=torch.bool))
+    assert [float(found[f"completions/{name}"]) for name in ended] == [0.0, 0.0, 0.0]
+    assert float(found["completions/clipped_ratio"]) == 1.0
+
+
 @pytest.mark.parametrize("kind", ["proxy", "ppo"])
 @pytest.mark.parametrize("changes", [{}, {"num_generations_eval": 2}, {"beta": 0.1}, {"normalize_advantages": False}])
 def test_no_metric_depends_on_the_batches(evaluate, kind, changes):
@@ -141,3 +152,7 @@ def test_the_order_of_the_prompts_depends_on_the_epoch_alone(trainer_of, kind):
             order = list(sampler)
         orders.append(order)
     assert orders[0] == orders[1] != sorted(order)
+    sampler.set_epoch(3)
+    other_seed = trainer_of(kind, [0.0] * 32, seed=7)[0]._get_train_sampler()
+    other_seed.set_epoch(2)
+    assert list(sampler) != order != list(other_seed)
