@@ -113,8 +113,7 @@ class ProxyPPOTrainer(ActorCriticTrainer):
         # TRL repeats a prompt once per generation, and may spread the generations over processes. The LM reads a
         # prompt once for those that are here.
         rows = self.args.rollout_batch_size or len(prompt_ids)
-        generations = self.num_generations if training else self.num_generations_eval
-        repeats = math.gcd(generations, *(len(list(equal)) for _, equal in itertools.groupby(prompt_ids)))
+        repeats = math.gcd(*(len(list(equal)) for _, equal in itertools.groupby(prompt_ids)))
         if repeats > rows:
             repeats = math.gcd(repeats, rows)
         prompts, size = prompt_ids[::repeats], rows // repeats
