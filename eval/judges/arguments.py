@@ -1,8 +1,8 @@
 """The flags of scripts/judge.py."""
 
-import json
 from dataclasses import dataclass, field
 
+from trl_proxy.core.values import is_json_object
 from trl_proxy.runs.arguments import parse_dicts
 
 RECORDED = {  # judge -> keys of a record: its scores and its name
@@ -96,9 +96,5 @@ class JudgeArguments:
                 raise ValueError(f"--{name} must be above 0, got {value}.")
         if (self.price_prompt is None) != (self.price_completion is None):
             raise ValueError("--price_prompt and --price_completion must be set together, or neither.")
-        try:
-            request = json.loads(self.judge_request)
-        except ValueError:
-            request = None
-        if not isinstance(request, dict):
+        if not is_json_object(self.judge_request):
             raise ValueError(f"--judge_request must be a JSON object, got {self.judge_request!r}.")

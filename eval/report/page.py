@@ -7,24 +7,23 @@ with the hashes of the page's own style and script lets nothing else run or load
 
 import base64
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.comparison import Comparison, kind_title, label, mean_over_seeds
 from eval.judges.judgements import judgement_table
 from eval.judges.readers.results import READER_COLUMNS, duel_table, label_table
 from eval.refusals import is_refusal
+from eval.report.html import render
 from eval.report.tables import notes, tables
 from eval.stats import paired_delta
 from trl_proxy.loading import EMBEDDED
 
-TEMPLATE = Path(__file__).parent / "page_template"
+TEMPLATE = Path(__file__).parent / "page_template" / "page.html"
 REWARD_NOTE = "a 22M encoder, see trl_proxy/data/reward/README.md"
 # The settings that matter most, of two hundred in run.json; the page folds the others away.
 HYPERPARAMETERS = [
@@ -255,10 +254,6 @@ def _full_name(name: str | None, embedded: str) -> str:
     return f"{name} ({embedded})" if name.split(":")[0] == EMBEDDED else name
 
 
-def _csp_hash(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
 def render_page(
     comparison: Comparison,
     figures: list[Path],
@@ -280,15 +275,13 @@ def render_page(
     """
     groups, records, runs = comparison.groups, comparison.records, runs or {}
     record = next(iter(groups.values()))[0]
-    style, script = ((TEMPLATE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     evaluation = {f"{label(r)}, seed {r['seed']}": r["settings"] for group in groups.values() for r in group}
     chosen = {
         name: {key: settings[key] for key in HYPERPARAMETERS if key in settings} for name, settings in runs.items()
     }
-    return environment.get_template("page.html").render(
+    return render(
+        TEMPLATE,
+        images=True,
         record=record,
         model=_full_name(record["model"], "SmolLM2-135M-Instruct"),
         reward=_full_name(record["reward_model"], REWARD_NOTE),
@@ -316,11 +309,4 @@ def render_page(
         has_trace=any(r["trace"] for r in records),
         has_sft=comparison.sft is not None,
         data=browser_data(comparison),
-        style=style,
-        script=script,
-        policy=(
-            "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-            f"style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
-            "require-trusted-types-for 'script'; trusted-types 'none'"
-        ),
     )

@@ -1,22 +1,18 @@
 """Writes what readers get, a page and a CSV file for each sitting, and the key that they never get."""
 
-import base64
 import csv
-import hashlib
 import io
 import json
 import re
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from eval.judges.readers.files import KeyInFile, read_checked
 from eval.judges.readers.pairs import Duel, Item, Sheet, record_sha256
+from eval.report.html import render
 from trl_proxy.files import write_text
 
-TEMPLATE = Path(__file__).parent / "page_template"
+TEMPLATE = Path(__file__).parent / "page_template" / "reading.html"
 GUIDELINES = Path(__file__).parents[1] / "reader_guidelines.md"
 CSV_COLUMNS = ("id", "prompt", "response_a", "response_b", "pref", "label_a", "label_b")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would run: OWASP, CSV injection
@@ -59,22 +55,11 @@ def sheet_csv(sheet: Sheet, records: dict[str, dict]) -> str:
     return buffer.getvalue()
 
 
-def _csp_hash(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-@cache
-def _template() -> Template:
-    loader = FileSystemLoader(TEMPLATE)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("reading.html")
-
-
 def sheet_page(sheet: Sheet, records: dict[str, dict]) -> str:
     """The sheet as one HTML page that needs nothing else; nothing but its own script runs or loads."""
-    style, script = ((TEMPLATE / name).read_text(encoding="utf-8") for name in ("reading.css", "reading.js"))
     blocks, labels = guidelines()
-    return _template().render(
+    return render(
+        TEMPLATE,
         sheet=sheet,
         blocks=blocks,
         labels=labels,
@@ -85,13 +70,6 @@ def sheet_page(sheet: Sheet, records: dict[str, dict]) -> str:
             "labels": list(labels),
             "pairs": [texts_of(item, records) for item in sheet.items],
         },
-        style=style,
-        script=script,
-        policy=(
-            "default-src 'none'; base-uri 'none'; form-action 'none'; "
-            f"style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
-            "require-trusted-types-for 'script'; trusted-types 'none'"
-        ),
     )
 
 
