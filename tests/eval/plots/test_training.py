@@ -203,7 +203,7 @@ def _write(path, content):
         (lambda f: _write(f / "a" / "proxy_config.json", '{"p_t": 0.'), r"proxy_config.json is damaged \(Expecting"),
         (
             lambda f: _write(f / "a" / "proxy_config.json", "[]"),
-            r"proxy_config.json is damaged \(must be an object, got \[\]\)",
+            r"proxy_config.json is damaged \(must be a dict, got \[\]\)",
         ),
         (lambda f: _write(f / "a" / "proxy_config.json", '{"p_t": "x"}'), "has no number for 'p_t'"),
         (lambda f: (f / "a" / "records" / "proxy.json").unlink(), "must hold one proxy's record"),
