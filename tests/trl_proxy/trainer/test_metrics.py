@@ -1,5 +1,7 @@
 """Metrics of an evaluation are over its rows, whatever the batches; two processes are in tests/test_scale.py."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -26,12 +28,15 @@ def trainer_of(tmp_path, tiny_lm, tiny_tokenizer, with_random_gate):
     """`trainer_of(kind, rewards, batch_size, **config)` -> a trainer on prompts that are worth `rewards`, and a list
     that gets what is scored: prompt, completion, reward."""
 
-    def build(kind, rewards, batch_size=4, **config):
+    def build(kind, rewards, batch_size=4, eos_token="<eos>", **config):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.eos_token = eos_token
         trainer_class, config_class = KINDS[kind]
         scored = []
 
-        def worth(prompts, completions, value, **kwargs):
+        def worth(prompts, completions, value, log_metric, **kwargs):
             scored.extend(zip(prompts, completions, value, strict=True))
+            log_metric("of_a_batch", float(np.mean(value)))
             return value
 
         def sometimes(prompts, completions, value, **kwargs):
@@ -61,7 +66,7 @@ def trainer_of(tmp_path, tiny_lm, tiny_tokenizer, with_random_gate):
             reward_funcs=[worth, sometimes],
             args=config_class(**settings),
             train_dataset=rows,
-            processing_class=tiny_tokenizer,
+            processing_class=tokenizer,
             **extra,
         )
         return trainer, scored
@@ -132,12 +137,23 @@ def test_no_metric_depends_on_the_batches(evaluate, kind, changes):
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
-def test_a_kl_is_over_tokens(evaluate, kind):
-    """TRL's own metrics, of batches of other sizes."""
-    one, _ = evaluate(kind, [1.0] * 5, batch_size=6, top_k=1, beta=0.1)
-    two, _ = evaluate(kind, [1.0] * 5, batch_size=2, top_k=1, beta=0.1)
+def test_a_kl_is_over_tokens(trainer_of, kind):
+    """TRL's own metrics, of batches of other sizes, with responses of other lengths. What a reward logs is over rows."""
+    values, found = [1.0, 2.0, 4.0, 8.0, 16.0], []
+    for batch_size in (6, 2):
+        trainer, scored = trainer_of(kind, values, batch_size, eos_token="u", top_k=1, beta=0.1)
+        torch.manual_seed(1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        found.append(trainer.evaluate(trainer.train_dataset))
+    one, two = found
+    assert len({len(completion) for _, completion, _ in scored}) > 1
+    assert one["eval_kl"] > 1e-4
     for name in ("eval_kl", "eval_entropy", "eval_completions/mean_length", "eval_completions/clipped_ratio"):
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert one["eval_of_a_batch"] == pytest.approx(np.mean(values))
+    assert two["eval_of_a_batch"] == pytest.approx(np.mean(values))
 
 
 @pytest.mark.parametrize("kind", KINDS)

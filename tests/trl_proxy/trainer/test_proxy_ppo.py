@@ -552,7 +552,13 @@ def test_rollouts_in_parts_are_the_same_rollout(train):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "size", "calls"), [("aaaabbbb", None, [8]), ("aabbbb", None, [6]), ("aaaa", 2, [2, 2])]
+    ("prompts", "size", "calls"),
+    [
+        ("aaaabbbb", None, [8]),
+        ("aabbbb", None, [6]),
+        ("aaaa", 2, [2, 2]),
+        ("aaaaaabbbbbb", 4, [4, 4, 4]),  # a part may hold both prompts
+    ],
 )
 def test_no_more_responses_at_once_than_asked_for(train, prompts, size, calls):
     """Generations of a prompt may be on other processes, so any number of equal prompts may follow one another."""
