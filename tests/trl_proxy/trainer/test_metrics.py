@@ -138,7 +138,7 @@ def test_no_metric_depends_on_the_batches(evaluate, kind, changes):
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_a_kl_is_over_tokens(trainer_of, kind):
-    """TRL's own metrics, of batches of other sizes, with responses of other lengths. What a reward logs is over rows."""
+    """TRL's own metrics, of batches of other sizes and responses of other lengths; what a reward logs is over rows."""
     values, found = [1.0, 2.0, 4.0, 8.0, 16.0], []
     for batch_size in (6, 2):
         trainer, scored = trainer_of(kind, values, batch_size, eos_token="u", top_k=1, beta=0.1)
