@@ -11,7 +11,7 @@ from scipy import stats
 
 from trl_proxy import ProxyConfig
 from trl_proxy.core.candidates import Candidates, propose
-from trl_proxy.core.features import NUM_SCALARS, candidate_scalars
+from trl_proxy.core.features import NUM_SCALARS, accept_logits, candidate_scalars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -227,3 +227,17 @@ def test_more_dimensions_are_more_rows(p_t_mode):
         assert torch.equal(x, y.view_as(x))
     assert (found.token_ids.diff(dim=-1) > 0).all()
     assert found.mask.all()
+
+
+def test_logits_of_what_is_not_asked_are_zero():
+    """Beyond the candidates, and at positions with one."""
+
+    class Proxy:
+        def accept_logits(self, features, rows):
+            return torch.ones(len(rows))
+
+    mask = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
+    candidates = Candidates(torch.arange(9).view(3, 3), torch.zeros(3, 3), mask)
+    embed, state, positions = torch.nn.Embedding(9, 2), torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)
+    logits = accept_logits(Proxy(), embed, state, candidates, positions)
+    assert logits.tolist() == [[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]

@@ -535,6 +535,7 @@ def test_conversational_prompts_and_extra_columns(train):
     train(reward=reward, dataset=Dataset.from_dict(rows))
     assert seen["prompt"][0]["role"] == "user"
     assert seen["completion"][0]["role"] == "assistant"
+    assert isinstance(seen["completion"][0]["content"], str)
     assert seen["kind"] == ["x"] * 32
 
 
