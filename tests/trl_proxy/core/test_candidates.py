@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from trl_proxy import ProxyConfig
-from trl_proxy.core.candidates import Candidates, propose
+from trl_proxy.core.candidates import Candidates, propose, propose_for
 from trl_proxy.core.features import NUM_SCALARS, accept_logits, candidate_scalars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -241,3 +241,14 @@ def test_logits_of_what_is_not_asked_are_zero():
     embed, state, positions = torch.nn.Embedding(9, 2), torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)
     logits = accept_logits(Proxy(), embed, state, candidates, positions)
     assert logits.tolist() == [[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("proposal", ["ranked", "sampled"])
+def test_a_proxy_proposes_as_its_configuration_says(proposal):
+    settings = {"p_t": 0.02, "p_t_mode": "absolute", "max_candidates": 5, "temperature": 0.7, "proposal": proposal}
+    logits = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    found = propose_for(ProxyConfig(**settings), logits)
+    torch.manual_seed(0)
+    for one, other in zip(found, propose(logits, **settings), strict=True):
+        assert torch.equal(one, other)
