@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_proxy import ProxyConfig, ProxyModelForCausalLM, ProxyPPOConfig, ProxyPPOTrainer
@@ -155,6 +155,9 @@ def main(lm_folder: str, proxy_folder: str, output_dir: str, world: int = 1) -> 
         metrics = trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:5]}))
         found[f"evaluation_{generations}"] = {key: x for key, x in metrics.items() if not key.endswith(TIMED)}
         found[f"scored_{generations}"] = {text: completion for text, completion, _ in gather_object(scored)}
+        stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in PROMPTS[:5]))
+        metrics = trainer.evaluate(stream)
+        found[f"streamed_{generations}"] = {key: x for key, x in metrics.items() if not key.endswith(TIMED)}
     return found
 
 

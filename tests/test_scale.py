@@ -122,6 +122,8 @@ def test_the_metrics_are_those_of_one_process(found, world):
         for name in (f"evaluation_{generations}", f"scored_{generations}"):
             assert several[name].keys() == one[name].keys()
             assert [key for key, x in one[name].items() if not same(several[name][key], x)] == []
+        for results in (one, several):
+            assert same(results[f"streamed_{generations}"], results[f"evaluation_{generations}"])
     shown = {"reward", "reward_std", "accept_rate", "kl", "explained_variance", "loss", "loss/value", "num_tokens"}
     assert {f"eval_{name}" for name in shown} <= one["evaluation_1"].keys()
     rewards = one["rewards"]

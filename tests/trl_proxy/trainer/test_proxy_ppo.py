@@ -525,17 +525,20 @@ def test_a_plain_lm_is_refused(tiny_lm):
 
 
 def test_conversational_prompts_and_extra_columns(train):
-    seen = {}
+    seen, completions_seen = {}, []
 
     def reward(prompts, completions, kind, **kwargs):
-        seen.update(prompt=prompts[0], completion=completions[0], kind=kind)
+        seen.update(prompt=prompts[0], kind=kind)
+        completions_seen.extend(completions)
         return [1.0] * len(prompts)
 
     rows = {"prompt": [[{"role": "user", "content": p}] for p in PROMPTS], "kind": ["x"] * len(PROMPTS)}
-    train(reward=reward, dataset=Dataset.from_dict(rows))
+    train(reward=reward, dataset=Dataset.from_dict(rows), reward_shaping_tokens=4)
     assert seen["prompt"][0]["role"] == "user"
-    assert seen["completion"][0]["role"] == "assistant"
-    assert isinstance(seen["completion"][0]["content"], str)
+    assert len({len(message["content"]) for (message,) in completions_seen}) > 1  # unfinished ones, too
+    for (message,) in completions_seen:
+        assert message.keys() == {"role", "content"}
+        assert message["role"] == "assistant"
     assert seen["kind"] == ["x"] * 32
 
 
