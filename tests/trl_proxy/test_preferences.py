@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from functools import cache
 
 from datasets import load_dataset
 
@@ -15,6 +16,7 @@ SPLITS = ("train", "validation", "test")
 KINDS = ("everyday", "harm_adjacent")
 
 
+@cache
 def rows(config: str | None = None) -> dict[str, list[dict]]:
     return {split: list(read_dataset(str(FOLDER), split, config=config)) for split in SPLITS}
 
