@@ -2,6 +2,7 @@
 `datasets`; and preference data in any of TRL's formats or that of HH-RLHF."""
 
 import glob
+import hashlib
 import json
 import lzma
 import os
@@ -105,7 +106,10 @@ def _read_splits(name: str, config: str | None, revision: str | None, data_dir: 
         if os.path.getsize(path) == 0:
             raise ValueError(f"The dataset {name} is empty: the file has 0 bytes.")
         arguments = {"path": known[0], "data_files": glob.escape(path), **known[1]}
-    elif not os.path.isdir(path) and (known or path.count("/") > 1 or path.startswith((".", "/"))):
+    elif os.path.isdir(path):
+        # `datasets` would give the old rows of a changed file if the folder's README names its configurations.
+        arguments["cache_dir"] = os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{_state(path)}")
+    elif known or path.count("/") > 1 or path.startswith((".", "/")):
         raise ValueError(f"There is no dataset file {name}.")
     with _one_sentence(name, path):
         found = load_from_disk(path) if saved else load_dataset(**arguments)
@@ -113,6 +117,19 @@ def _read_splits(name: str, config: str | None, revision: str | None, data_dir: 
         for dataset in splits.values():
             dataset.data.validate(full=True)  # JSON that is not UTF-8 is only noticed when a row is used
     return splits
+
+
+def _state(folder: str) -> str:
+    """A hash of the names, sizes and times of a folder's files, without hidden ones."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.join(parent, name)
+            if not name.startswith(".") and os.path.isfile(path):  # not a broken link
+                status = os.stat(path)
+                found.append((os.path.relpath(path, folder), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 def _builder(path: str) -> tuple[str, dict] | None:

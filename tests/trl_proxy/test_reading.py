@@ -870,3 +870,15 @@ def test_a_bad_pair_is_named(tmp_path, name):
     text = str(error.value)
     assert text.startswith((f"Row 1 of {path} (train) has a ", f"The dataset {path} (train) "))
     assert expected in text
+
+
+@pytest.mark.parametrize("readme", [True, False])
+def test_a_changed_file_of_a_folder_is_read_anew(tmp_path, readme):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if readme:
+        listed = "- config_name: default\n  data_files:\n  - {split: train, path: a.jsonl}\n"
+        (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    for prompts in (["one"], ["one", "two"], ["two"]):
+        (folder / "a.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+        assert read_dataset(str(folder))["prompt"][:] == prompts
